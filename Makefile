@@ -1,0 +1,44 @@
+# Each target makes what it needs: the environment .venv, and natten2 built in it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+SOURCES := CMakeLists.txt $(shell find natten2/csrc -type f)
+
+.PHONY: demo test test-long lint format bench clean
+
+demo: .venv/natten2
+	$(BIN)/python -m examples.digits
+
+test: .venv/natten2
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/natten2
+	$(BIN)/python -m pytest
+
+lint: .venv/natten2
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter-out CMakeLists.txt,$(SOURCES))
+
+format: .venv/natten2
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter-out CMakeLists.txt,$(SOURCES))
+
+bench: .venv/natten2
+	$(BIN)/python -m benchmarks cpu --json benchmarks/results/cpu.json
+
+clean:
+	rm -rf .venv build dist
+
+# The build and the tools come from .venv itself: an isolated build would fetch torch a second time.
+.venv/environment: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install "$(TORCH)" "scikit-build-core>=0.11" "cmake>=3.25" ninja
+	touch $@
+
+.venv/natten2: .venv/environment $(SOURCES)
+	$(BIN)/pip install --no-build-isolation --editable ".[examples,lint,test]"
+	touch $@

@@ -1,0 +1,72 @@
+"""Finds and loads the compiled kernels, and says what was built."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = ["cpu_capabilities", "cpu_capability", "library_path", "set_cpu_capability"]
+
+_HOW_TO_INSTALL = (
+    "Install natten2 with `pip install torch==2.13.0` and then `pip install .` in its source folder; "
+    "to work on the sources, with `make .venv`."
+)
+
+
+def library_path() -> Path:
+    """Path of the compiled CPU library, beside the sources in a wheel, in site-packages for an editable install.
+
+    Raises:
+        ImportError: The library was not built.
+    """
+    spec = importlib.util.find_spec("natten2._C")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"natten2's compiled library _C is missing beside {Path(__file__).parent}. {_HOW_TO_INSTALL}")
+    return Path(spec.origin)
+
+
+def _load() -> ctypes.CDLL:
+    path = library_path()
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"natten2's compiled library {path} can't be loaded under torch {torch.__version__} "
+            f"(torch 2.11 or later is needed): {error}. {_HOW_TO_INSTALL}"
+        ) from error
+    library = ctypes.CDLL(str(path))
+    for name in ("natten2_cpu_capability", "natten2_cpu_capabilities"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.natten2_set_cpu_capability.restype = ctypes.c_bool
+    return library
+
+
+_LIBRARY = _load()
+
+
+def cpu_capability() -> str:
+    """The instruction set whose kernels run: the best this processor has, or what `NATTEN2_CPU_CAPABILITY` names."""
+    return _LIBRARY.natten2_cpu_capability().decode()
+
+
+def cpu_capabilities() -> list[str]:
+    """The instruction sets that the library has kernels for and this processor can run, plainest first."""
+    return _LIBRARY.natten2_cpu_capabilities().decode().split(",")
+
+
+def set_cpu_capability(name: str) -> None:
+    """Makes the kernels of one instruction set run from now on.
+
+    Raises:
+        ValueError: It is not one of :func:`cpu_capabilities`.
+    """
+    if not _LIBRARY.natten2_set_cpu_capability(name.encode()):
+        raise ValueError(f"the CPU capability must be one of {', '.join(cpu_capabilities())}, got {name!r}")
+
+
+if "NATTEN2_CPU_CAPABILITY" in os.environ:
+    set_cpu_capability(os.environ["NATTEN2_CPU_CAPABILITY"])

@@ -1,0 +1,292 @@
+// The CPU kernels under the operators' names: unpacks tensors, and runs the passes in parallel.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace natten2::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+// natten2/ops/validation.py has said what is wrong before a call gets here; this keeps a program without Python from
+// reading out of bounds. PyTorch turns the exception into a ValueError.
+void require(bool condition, const char* name, const char* rule) {
+  if (!condition) throw std::invalid_argument("natten2: " + std::string(name) + " " + rule);
+}
+
+Shape shape(const Tensor& tensor) { return Shape(tensor.sizes().begin(), tensor.sizes().end()); }
+
+Dtype to_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      throw std::invalid_argument("natten2: query must be float32, float64, bfloat16, or float16");
+  }
+}
+
+ScalarType accumulate_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+void require_tensor(const Tensor& tensor, const char* name, ScalarType type, const Shape& expected) {
+  require(tensor.is_cpu(), name, "must be on the CPU");
+  require(tensor.scalar_type() == type, name, "has the wrong dtype");
+  require(shape(tensor) == expected, name, "has the wrong shape");
+}
+
+void require_channels(const Tensor& tensor, const char* name) {
+  const int64_t last = tensor.dim() - 1;
+  require(tensor.stride(last) == 1 || tensor.size(last) == 1, name, "must have a contiguous last axis");
+}
+
+View no_view() { return {nullptr, 0, {0, 0, 0}, 0}; }
+
+// [batch, *axes, head, ...] with one to three axes.
+View grid_view(const Tensor& tensor, int rank) {
+  View view = no_view();
+  view.data = tensor.data_ptr();
+  view.batch = tensor.stride(0);
+  for (int axis = 0; axis < rank; ++axis) view.axis[kAxes - rank + axis] = tensor.stride(1 + axis);
+  view.head = tensor.stride(1 + rank);
+  return view;
+}
+
+View additional_view(const std::optional<Tensor>& tensor) { return tensor ? grid_view(*tensor, 1) : no_view(); }
+
+struct Parameters {
+  std::vector<int64_t> kernel_size;
+  std::vector<int64_t> stride;
+  std::vector<int64_t> dilation;
+  std::vector<bool> is_causal;
+  double scale;
+};
+
+struct Inputs {
+  Tensor query;
+  Tensor key;
+  Tensor value;
+  std::optional<Tensor> rpb;
+  std::optional<Tensor> additional_keys;
+  std::optional<Tensor> additional_values;
+};
+
+Problem make_problem(const Inputs& inputs, const Parameters& parameters) {
+  const int rank = static_cast<int>(parameters.kernel_size.size());
+  require(1 <= rank && rank <= kAxes, "kernel_size", "must have 1 to 3 entries");
+  require(parameters.stride.size() == static_cast<size_t>(rank), "stride", "must be as long as kernel_size");
+  require(parameters.dilation.size() == static_cast<size_t>(rank), "dilation", "must be as long as kernel_size");
+  require(parameters.is_causal.size() == static_cast<size_t>(rank), "is_causal", "must be as long as kernel_size");
+  const Tensor& query = inputs.query;
+  require(query.dim() == rank + 3 && inputs.key.dim() == rank + 3 && inputs.value.dim() == rank + 3,
+          "query, key, value", "must have three axes more than kernel_size has entries");
+
+  Problem problem = {};
+  problem.batch = query.size(0);
+  problem.heads = query.size(rank + 1);
+  problem.head_dim = query.size(rank + 2);
+  problem.key_heads = inputs.key.size(rank + 1);
+  problem.value_dim = inputs.value.size(rank + 2);
+  problem.additional = inputs.additional_keys ? inputs.additional_keys->size(1) : 0;
+  problem.scale = parameters.scale;
+  require(problem.heads > 0 && problem.head_dim > 0, "query", "must have heads and channels");
+  require(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, "key",
+          "must have a divisor of query's heads");
+  require(problem.value_dim > 0, "value", "must have channels");
+  std::fill(std::begin(problem.axes), std::end(problem.axes), Axis{1, 1, 1, 1, false});
+  for (int axis = 0; axis < rank; ++axis) {
+    const Axis along = {query.size(1 + axis), parameters.kernel_size[axis], parameters.stride[axis],
+                        parameters.dilation[axis], parameters.is_causal[axis]};
+    require(along.kernel_size >= 1, "kernel_size", "must be at least 1");
+    require(1 <= along.stride && along.stride <= along.kernel_size, "stride", "must be from 1 to kernel_size");
+    require(along.dilation >= 1, "dilation", "must be at least 1");
+    require(along.kernel_size <= along.length / along.dilation, "kernel_size * dilation", "must not exceed the axis");
+    problem.axes[kAxes - rank + axis] = along;
+  }
+  return problem;
+}
+
+void require_inputs(const Inputs& inputs, const Problem& problem, int rank) {
+  const ScalarType type = inputs.query.scalar_type();
+  const Shape query = shape(inputs.query);
+  Shape key(query), value(query);
+  key[rank + 1] = value[rank + 1] = problem.key_heads;
+  value[rank + 2] = problem.value_dim;
+  require_tensor(inputs.query, "query", type, query);
+  require_tensor(inputs.key, "key", type, key);
+  require_tensor(inputs.value, "value", type, value);
+  require_channels(inputs.query, "query");
+  require_channels(inputs.key, "key");
+  require_channels(inputs.value, "value");
+  require(inputs.additional_keys.has_value() == inputs.additional_values.has_value(), "additional_keys",
+          "must be given with additional_values");
+  if (inputs.additional_keys) {
+    const Shape tokens = {problem.batch, problem.additional, problem.key_heads};
+    Shape keys(tokens), values(tokens);
+    keys.push_back(problem.head_dim);
+    values.push_back(problem.value_dim);
+    require_tensor(*inputs.additional_keys, "additional_keys", type, keys);
+    require_tensor(*inputs.additional_values, "additional_values", type, values);
+    require_channels(*inputs.additional_keys, "additional_keys");
+    require_channels(*inputs.additional_values, "additional_values");
+  }
+  if (inputs.rpb) {
+    Shape offsets = {problem.heads};
+    for (int axis = kAxes - rank; axis < kAxes; ++axis) offsets.push_back(2 * problem.axes[axis].kernel_size - 1);
+    const ScalarType given = inputs.rpb->scalar_type();
+    require(given == type || given == accumulate_type(type), "rpb", "has the wrong dtype");
+    require_tensor(*inputs.rpb, "rpb", given, offsets);
+  }
+}
+
+// The bias as the kernels read it, alive as long as they do.
+std::optional<Tensor> bias_table(const Inputs& inputs) {
+  if (!inputs.rpb) return std::nullopt;
+  return torch::stable::contiguous(torch::stable::to(*inputs.rpb, accumulate_type(inputs.query.scalar_type())));
+}
+
+Forward make_forward(const Inputs& inputs, const Parameters& parameters, const std::optional<Tensor>& bias,
+                     const Tensor& output, const Tensor& logsumexp) {
+  const int rank = static_cast<int>(parameters.kernel_size.size());
+  return {make_problem(inputs, parameters),
+          grid_view(inputs.query, rank),
+          grid_view(inputs.key, rank),
+          grid_view(inputs.value, rank),
+          additional_view(inputs.additional_keys),
+          additional_view(inputs.additional_values),
+          bias ? bias->data_ptr() : nullptr,
+          grid_view(output, rank),
+          grid_view(logsumexp, rank)};
+}
+
+template <class Arguments>
+void run(const Pass<Arguments>& pass, const Arguments& args) {
+  // Threads pay off from about this much work on.
+  constexpr int64_t kWorkPerThread = 1 << 15;
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, pass.work(args)));
+  const size_t bytes = static_cast<size_t>(pass.scratch_bytes(args));
+  torch::stable::parallel_for(0, pass.count(args), grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[bytes]);
+    pass.run(args, begin, end, scratch.get());
+  });
+}
+
+std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb,
+                                      std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values,
+                                      std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                      std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
+  const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
+  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
+  const Dtype dtype = to_dtype(query.scalar_type());
+  const Problem problem = make_problem(inputs, parameters);
+  require_inputs(inputs, problem, static_cast<int>(kernel_size.size()));
+
+  Shape rows = shape(query);
+  rows.pop_back();
+  Shape channels(rows);
+  channels.push_back(problem.value_dim);
+  Tensor output = torch::stable::new_empty(query, channels);
+  Tensor logsumexp = torch::stable::new_empty(query, rows, accumulate_type(query.scalar_type()));
+  const std::optional<Tensor> bias = bias_table(inputs);
+  run(kernels(dtype).forward, make_forward(inputs, parameters, bias, output, logsumexp));
+  return {output, logsumexp};
+}
+
+// How many parts the bias's gradient is summed in: enough for many threads, few enough to fit in memory, and the same
+// for any number of threads, so that the sum is too.
+int64_t count_parts(const Problem& problem, int64_t offsets) {
+  constexpr int64_t kTasks = 256, kMostEntries = int64_t{1} << 22;
+  const int64_t wanted = (kTasks + problem.heads - 1) / problem.heads;
+  const int64_t fitting = kMostEntries / std::max<int64_t>(1, problem.heads * offsets);
+  return std::max<int64_t>(1, std::min(wanted, fitting));
+}
+
+Tensor sum_parts(const Tensor& parts, const Tensor& rpb) {
+  const int64_t heads = parts.size(0), count = parts.size(1), offsets = parts.size(2);
+  Tensor total = torch::stable::new_zeros(rpb, shape(rpb), ScalarType::Double);
+  double* sum = static_cast<double*>(total.data_ptr());
+  const double* part = static_cast<const double*>(parts.data_ptr());
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t i = 0; i < offsets; ++i) sum[head * offsets + i] += *part++;
+  return torch::stable::to(total, rpb.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
+    Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor query, Tensor key, Tensor value,
+    std::optional<Tensor> rpb, std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values,
+    Tensor output, Tensor logsumexp, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+    std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
+  const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
+  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
+  const int rank = static_cast<int>(kernel_size.size());
+  const ScalarType type = query.scalar_type(), accumulate = accumulate_type(type);
+  const Dtype dtype = to_dtype(type);
+  const Problem problem = make_problem(inputs, parameters);
+  require_inputs(inputs, problem, rank);
+  Shape rows = shape(query);
+  rows.pop_back();
+  Shape channels(rows);
+  channels.push_back(problem.value_dim);
+  require_tensor(output, "output", type, channels);
+  require_channels(output, "output");
+  require_tensor(grad_output, "grad_output", type, channels);
+  require_tensor(logsumexp, "logsumexp", accumulate, rows);
+  if (grad_logsumexp) require_tensor(*grad_logsumexp, "grad_logsumexp", accumulate, rows);
+  // Gradients come as autograd made them, expanded from one number even.
+  if (problem.value_dim != 1 && grad_output.stride(rank + 2) != 1) grad_output = torch::stable::contiguous(grad_output);
+
+  const auto like = [&](const std::optional<Tensor>& tensor) {
+    return torch::stable::new_empty(query, tensor ? shape(*tensor) : Shape{0});
+  };
+  Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
+  Tensor grad_additional_keys = like(additional_keys), grad_additional_values = like(additional_values);
+  Tensor delta = torch::stable::new_empty(query, rows, accumulate);
+  int64_t offsets = 0;
+  if (rpb) offsets = rpb->numel() / problem.heads;
+  const int64_t parts = count_parts(problem, offsets);
+  Tensor grad_rpb_parts = torch::stable::new_empty(query, Shape{problem.heads, parts, offsets}, ScalarType::Double);
+
+  const std::optional<Tensor> bias = bias_table(inputs);
+  const Backward args = {make_forward(inputs, parameters, bias, output, logsumexp),
+                         grid_view(grad_output, rank),
+                         grad_logsumexp ? grid_view(*grad_logsumexp, rank) : no_view(),
+                         grid_view(grad_query, rank),
+                         grid_view(grad_key, rank),
+                         grid_view(grad_value, rank),
+                         additional_keys ? grid_view(grad_additional_keys, 1) : no_view(),
+                         additional_values ? grid_view(grad_additional_values, 1) : no_view(),
+                         grid_view(delta, rank),
+                         rpb ? static_cast<double*>(grad_rpb_parts.data_ptr()) : nullptr,
+                         parts};
+  const Kernels& chosen = kernels(dtype);
+  run(chosen.grad_query, args);
+  run(chosen.grad_key_value, args);
+  run(chosen.grad_additional, args);
+  Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : torch::stable::new_empty(query, Shape{0});
+  return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
+}
+
+}  // namespace
+}  // namespace natten2::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(natten2, CPU, m) {
+  m.impl("na_forward", TORCH_BOX(&natten2::cpu::na_forward));
+  m.impl("na_backward", TORCH_BOX(&natten2::cpu::na_backward));
+}

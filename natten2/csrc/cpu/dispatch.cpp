@@ -1,0 +1,93 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+namespace natten2::cpu {
+
+#define NATTEN2_DECLARE(isa) \
+  namespace isa {            \
+  Kernels kernels(Dtype);    \
+  }
+NATTEN2_DECLARE(baseline)
+#ifdef NATTEN2_X86_SETS
+NATTEN2_DECLARE(avx2)
+NATTEN2_DECLARE(avx512)
+#endif
+#undef NATTEN2_DECLARE
+
+namespace {
+
+constexpr int kDtypes = 4;
+
+struct Capability {
+  const char* name;
+  Kernels (*kernels)(Dtype);
+  bool (*runs_here)();
+};
+
+// Plainest first.
+constexpr Capability kCapabilities[] = {
+    {"baseline", baseline::kernels, [] { return true; }},
+#ifdef NATTEN2_X86_SETS
+    {"avx2", avx2::kernels,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }},
+    {"avx512", avx512::kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+#endif
+};
+
+struct Table {
+  const Capability* capability;
+  Kernels kernels[kDtypes];
+
+  explicit Table(const Capability& chosen) : capability(&chosen) {
+    for (int dtype = 0; dtype < kDtypes; ++dtype) kernels[dtype] = chosen.kernels(static_cast<Dtype>(dtype));
+  }
+};
+
+std::atomic<const Table*>& table() {
+  static std::atomic<const Table*> current = [] {
+    const Capability* best = kCapabilities;
+    for (const Capability& capability : kCapabilities)
+      if (capability.runs_here()) best = &capability;
+    return new Table(*best);
+  }();
+  return current;
+}
+
+}  // namespace
+
+const Kernels& kernels(Dtype dtype) { return table().load()->kernels[static_cast<int>(dtype)]; }
+
+}  // namespace natten2::cpu
+
+#define NATTEN2_EXPORT extern "C" __attribute__((visibility("default")))
+
+NATTEN2_EXPORT const char* natten2_cpu_capability() { return natten2::cpu::table().load()->capability->name; }
+
+// Comma-separated, plainest first.
+NATTEN2_EXPORT const char* natten2_cpu_capabilities() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const auto& capability : natten2::cpu::kCapabilities)
+      if (capability.runs_here()) joined += (joined.empty() ? "" : ",") + std::string(capability.name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+// Returns whether the instruction set is known and runs here; if not, nothing changes.
+NATTEN2_EXPORT bool natten2_set_cpu_capability(const char* name) {
+  for (const auto& capability : natten2::cpu::kCapabilities) {
+    if (std::strcmp(capability.name, name) != 0 || !capability.runs_here()) continue;
+    // A table that was replaced may still be in use, and there are only a few of them.
+    natten2::cpu::table().store(new natten2::cpu::Table(capability));
+    return true;
+  }
+  return false;
+}

@@ -1,0 +1,10 @@
+// The kernels of the instruction set in use.
+#pragma once
+
+#include "problem.h"
+
+namespace natten2::cpu {
+
+const Kernels& kernels(Dtype dtype);
+
+}  // namespace natten2::cpu

@@ -1,0 +1,167 @@
+"""Neighborhood attention as modules: the qkv projection, the operator, and the output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+from natten2.functional import _flags, _integers, na1d, na2d, na3d
+
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+
+
+class _NeighborhoodAttention(nn.Module):
+    _axes: tuple[str, ...]
+    _attend: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        rel_pos_bias: bool = False,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        rank = len(self._axes)
+        _check_heads("embed_dim", embed_dim, "num_heads", num_heads)
+        if qk_scale is not None:
+            _check_real("qk_scale", qk_scale)
+        _check_probability("proj_drop", proj_drop)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.kernel_size = _integers("kernel_size", kernel_size, rank)
+        self.stride = _integers("stride", stride, rank)
+        self.dilation = _integers("dilation", dilation, rank)
+        self.is_causal = _flags("is_causal", is_causal, rank)
+        self.qk_scale = qk_scale
+        _check_window(self.kernel_size, self.stride, self.dilation)
+
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.rpb = (
+            nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size))) if rel_pos_bias else None
+        )
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != len(self._axes) + 2 or input.shape[-1] != self.embed_dim:
+            axes = ", ".join(self._axes)
+            raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")
+        # Views of one product: the operator reads them in place.
+        query, key, value = self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        output = self._attend(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.qk_scale,
+            rpb=self.rpb,
+        )
+        return self.proj_drop(self.proj(output.flatten(-2)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}, qk_scale={self.qk_scale}, "
+            f"rel_pos_bias={self.rpb is not None}"
+        )
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over a sequence: :class:`NeighborhoodAttention2D` with one axis.
+
+    Maps `[B, length, embed_dim]` to the same shape; the bias is `[num_heads, 2 * kernel_size - 1]`.
+    """
+
+    _axes = ("length",)
+    _attend = staticmethod(na1d)
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over an image (arXiv 2204.07143, figure 2 and equations 1-3).
+
+    Maps `[B, height, width, embed_dim]` to the same shape, in the dtype of the weights: float32, float64, bfloat16, or
+    float16. Every argument of the window is one number for both axes, or one per axis; :func:`natten2.na2d` says what
+    they mean.
+
+    Args:
+        embed_dim: Channels of input and output, a multiple of `num_heads`.
+        num_heads: Attention heads of `embed_dim // num_heads` channels each.
+        kernel_size: Keys per window and axis, at least 1; `kernel_size * dilation` must fit in the input.
+        stride: Adjacent queries that share a window, between 1 and `kernel_size`.
+        dilation: Distance between neighboring keys of a window, at least 1.
+        is_causal: Whether a query sees no key after itself along the axis.
+        qkv_bias: Whether the qkv projection has a bias.
+        qk_scale: Factor of the dot products; `(embed_dim // num_heads) ** -0.5` when `None`. Zero means zero.
+        rel_pos_bias: Whether to learn a relative positional bias, the parameter `rpb` of shape
+            `[num_heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1]`.
+        proj_drop: Dropout probability of the output.
+
+    Raises:
+        ValueError: By the constructor, an argument is not allowed; by `forward`, the input has the wrong number of axes
+            or channels, or is smaller than `kernel_size * dilation`.
+        TypeError: An argument is of the wrong type.
+    """
+
+    _axes = ("height", "width")
+    _attend = staticmethod(na2d)
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    """Multi-head neighborhood attention over a video or a volume: :class:`NeighborhoodAttention2D` with three axes.
+
+    Maps `[B, depth, height, width, embed_dim]` to the same shape; the bias has one axis of `2 * kernel_size - 1` for
+    each of the three.
+    """
+
+    _axes = ("depth", "height", "width")
+    _attend = staticmethod(na3d)
+
+
+def _check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    _check_integer(dim_name, dim, minimum=1)
+    _check_integer(heads_name, heads, minimum=1)
+    if dim % heads != 0:
+        raise ValueError(f"{dim_name} must be a multiple of {heads_name} {heads}, got {dim}")
+
+
+def _check_window(kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    if min(kernel_size) < 1:
+        raise ValueError(f"kernel_size must be at least 1 on every axis, got {kernel_size}")
+    if any(not 1 <= step <= window for step, window in zip(stride, kernel_size, strict=True)):
+        raise ValueError(f"stride must be between 1 and kernel_size {kernel_size} on every axis, got {stride}")
+    if min(dilation) < 1:
+        raise ValueError(f"dilation must be at least 1 on every axis, got {dilation}")
+
+
+def _check_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_real(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_probability(name: str, value: float) -> None:
+    _check_real(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")

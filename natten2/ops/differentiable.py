@@ -1,0 +1,47 @@
+"""Attaches a derivative rule to an operator, at the dispatcher's Autograd key.
+
+`torch.library.register_autograd` raises under `torch.func` and gives zero tangents in forward mode without a word; a
+rule attached here works in eager autograd, `torch.func`, `torch.compile`, and export alike. This is the only file that
+touches private names of torch's autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["register_differentiable"]
+
+
+def register_differentiable(library: torch.library.Library, op: torch._ops.OpOverload, rule: type) -> None:
+    """Makes `op` differentiable.
+
+    Args:
+        library: The library that defines `op`.
+        op: The operator.
+        rule: A class with the static methods `setup_context` and `backward` of `torch.autograd.Function`.
+    """
+
+    def forward(*args: object) -> object:
+        # The node switches both differentiation modes off; the outer levels of torch.func still need them on.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    node = type(rule.__name__, (rule, _SingleLevelFunction), {"forward": staticmethod(forward)})
+
+    def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
+        if not _needs_node(args):
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+        with enable_single_level_autograd_function():
+            return node.apply(*args)
+
+    library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
+
+
+def _needs_node(args: tuple[object, ...]) -> bool:
+    if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return _C.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

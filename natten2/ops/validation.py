@@ -1,0 +1,228 @@
+"""The checks of every argument, for real, meta and fake tensors alike.
+
+They are registered for the `BackendSelect` dispatch key, which every call reaches just before its backend's kernel,
+also in inference mode and when an operator is called directly: no kernel ever sees arguments that were not checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward
+
+__all__ = ["accumulate_dtype", "check_backward", "check_forward"]
+
+_ACCUMULATE_DTYPES = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+_AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of the log-sum-exp: float64 for float64, float32 for every other dtype."""
+    return _ACCUMULATE_DTYPES[dtype]
+
+
+def check_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> None:
+    """Checks the arguments of `natten2::na_forward`.
+
+    Raises:
+        ValueError: A shape, stride, device, or parameter is not allowed.
+        TypeError: A dtype is not allowed.
+        NotImplementedError: A tensor is sparse, quantized, or nested.
+    """
+    rank = _check_rank(kernel_size, stride, dilation, is_causal)
+    _check_kind("query", query, query, _ACCUMULATE_DTYPES)
+    for name, tensor in (("key", key), ("value", value)):
+        _check_kind(name, tensor, query, (query.dtype,))
+    _check_shapes(query, key, value, rank)
+    _check_windows(query.shape[1:-2], kernel_size, stride, dilation)
+    if rpb is not None:
+        _check_rpb(rpb, query, kernel_size)
+    if additional_keys is not None or additional_values is not None:
+        _check_additional(additional_keys, additional_values, query, key, value)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> None:
+    """Checks the arguments of `natten2::na_backward`; raises what :func:`check_forward` raises."""
+    check_forward(
+        query,
+        key,
+        value,
+        rpb,
+        additional_keys,
+        additional_values,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+    )
+    output_shape = (*query.shape[:-1], value.shape[-1])
+    accumulate = accumulate_dtype(query.dtype)
+    _check_like("output", output, query, output_shape, query.dtype)
+    _check_unit_stride("output", output)
+    _check_like("grad_output", grad_output, query, output_shape, query.dtype)
+    _check_like("logsumexp", logsumexp, query, query.shape[:-1], accumulate)
+    if grad_logsumexp is not None:
+        _check_like("grad_logsumexp", grad_logsumexp, query, query.shape[:-1], accumulate)
+
+
+def _check_rank(
+    kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+) -> int:
+    rank = len(kernel_size)
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"kernel_size must have 1 to {MAX_RANK} entries, one per axis, got {list(kernel_size)}")
+    for name, values in (("stride", stride), ("dilation", dilation), ("is_causal", is_causal)):
+        if len(values) != rank:
+            raise ValueError(f"{name} must have {rank} entries, as kernel_size has, got {list(values)}")
+    return rank
+
+
+def _check_kind(name: str, tensor: Tensor, query: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+        raise NotImplementedError(f"{name} must be a dense, strided tensor, got a {kind} one")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {allowed}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _check_unit_stride(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(
+            f"{name}'s last axis must be contiguous, got strides {tuple(tensor.stride())}: call .contiguous() on it"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    _check_kind(name, tensor, query, (dtype,))
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != rank + 3:
+            raise ValueError(
+                f"{name} must have {rank + 3} axes (batch, {_AXES[rank]}, heads, head_dim) for a kernel_size of {rank} "
+                f"entries, got shape {tuple(tensor.shape)}"
+            )
+        if tensor.shape[-1] < 1 or tensor.shape[-2] < 1:
+            raise ValueError(f"{name} must have at least one head and one channel, got shape {tuple(tensor.shape)}")
+        _check_unit_stride(name, tensor)
+        if tensor.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name} must have query's batch and axes {tuple(query.shape[:-2])}, got shape {tuple(tensor.shape)}"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have as many heads as key, {key.shape[-2]}, got {value.shape[-2]}")
+    if query.shape[-2] % key.shape[-2] != 0:
+        raise ValueError(f"query's heads must be a multiple of key's {key.shape[-2]} heads, got {query.shape[-2]}")
+
+
+def _check_windows(
+    spatial: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> None:
+    for axis, (length, window, step, gap) in enumerate(zip(spatial, kernel_size, stride, dilation, strict=True)):
+        if window < 1:
+            raise ValueError(f"kernel_size must be at least 1, got {window} on axis {axis}")
+        if not 1 <= step <= window:
+            raise ValueError(f"stride must be between 1 and kernel_size {window}, got {step} on axis {axis}")
+        if gap < 1:
+            raise ValueError(f"dilation must be at least 1, got {gap} on axis {axis}")
+        # Unlike an `if`, this becomes a run-time check when the length is not known while tracing.
+        torch._check_value(window * gap <= length, lambda: _too_large(window, gap, length, axis))  # noqa: B023
+
+
+def _too_large(window: int, gap: int, length: int, axis: int) -> str:
+    return (
+        f"kernel_size * dilation must not exceed the axis, got {window} * {gap} = {window * gap} on axis {axis} "
+        f"of length {length}"
+    )
+
+
+def _check_rpb(rpb: Tensor, query: Tensor, kernel_size: Sequence[int]) -> None:
+    _check_kind("rpb", rpb, query, tuple(dict.fromkeys((query.dtype, accumulate_dtype(query.dtype)))))
+    shape = (query.shape[-2], *(2 * window - 1 for window in kernel_size))
+    if tuple(rpb.shape) != shape:
+        raise ValueError(
+            f"rpb must have shape (heads, 2 * kernel_size - 1 for each axis) = {shape}, got {tuple(rpb.shape)}"
+        )
+
+
+def _check_additional(
+    additional_keys: Tensor | None, additional_values: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> None:
+    if additional_keys is None or additional_values is None:
+        given, missing = ("keys", "values") if additional_values is None else ("values", "keys")
+        raise ValueError(f"additional_{missing} must be given with additional_{given}, got None")
+    for name, tensor, like in (
+        ("additional_keys", additional_keys, key),
+        ("additional_values", additional_values, value),
+    ):
+        _check_kind(name, tensor, query, (query.dtype,))
+        batch, (heads, channels) = query.shape[0], like.shape[-2:]
+        if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, channels):
+            raise ValueError(f"{name} must have shape ({batch}, N, {heads}, {channels}), got {tuple(tensor.shape)}")
+        _check_unit_stride(name, tensor)
+    if additional_values.shape[1] != additional_keys.shape[1]:
+        raise ValueError(
+            f"additional_values must have as many tokens as additional_keys, {additional_keys.shape[1]}, "
+            f"got {additional_values.shape[1]}"
+        )
+
+
+def _register(op: torch._ops.OpOverload, check: Callable[..., None]) -> None:
+    def checked(keyset: DispatchKeySet, *args: object) -> tuple[Tensor, ...]:
+        check(*args)
+        return op.redispatch(keyset.remove(DispatchKey.BackendSelect), *args)
+
+    LIBRARY.impl(op._schema.name, checked, "BackendSelect", with_keyset=True)
+
+
+_register(na_forward, check_forward)
+_register(na_backward, check_backward)

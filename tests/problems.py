@@ -1,0 +1,160 @@
+"""Inputs for the operator: golden ones, random ones, and the measures that results are held to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from natten2.ops.validation import accumulate_dtype
+
+INPUTS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of `na_forward`, and the upstream gradients of `na_backward`."""
+
+    tensors: tuple[Tensor | None, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    scale: float
+    grad_output: Tensor
+    grad_logsumexp: Tensor
+
+    @property
+    def parameters(self) -> tuple:
+        return self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return tuple(self.tensors[0].shape[1:-2])
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem, rounded to a dtype."""
+        rounded = tuple(None if tensor is None else tensor.to(dtype) for tensor in self.tensors)
+        grad_logsumexp = self.grad_logsumexp.to(accumulate_dtype(dtype))
+        return Problem(rounded, *self.parameters, self.grad_output.to(dtype), grad_logsumexp)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """`|result - expected| / |expected|`; where nothing is expected, `|result|`."""
+    difference = torch.linalg.vector_norm(result.double() - expected.double()).item()
+    size = torch.linalg.vector_norm(expected.double()).item()
+    return difference / size if size > 0 else difference
+
+
+def random_problem(
+    spatial: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    *,
+    stride: tuple[int, ...] | None = None,
+    dilation: tuple[int, ...] | None = None,
+    is_causal: tuple[bool, ...] | None = None,
+    batch: int = 2,
+    heads: int = 2,
+    key_heads: int | None = None,
+    head_dim: int = 4,
+    value_dim: int | None = None,
+    additional: int = 0,
+    bias: bool = False,
+    scale: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rank = len(spatial)
+    key_heads = heads if key_heads is None else key_heads
+    value_dim = head_dim if value_dim is None else value_dim
+    tensors = (
+        normal(batch, *spatial, heads, head_dim),
+        normal(batch, *spatial, key_heads, head_dim),
+        normal(batch, *spatial, key_heads, value_dim),
+        normal(heads, *(2 * k - 1 for k in kernel_size)) if bias else None,
+        normal(batch, additional, key_heads, head_dim) if additional else None,
+        normal(batch, additional, key_heads, value_dim) if additional else None,
+    )
+    return Problem(
+        tensors,
+        kernel_size,
+        (1,) * rank if stride is None else stride,
+        (1,) * rank if dilation is None else dilation,
+        (False,) * rank if is_causal is None else is_causal,
+        head_dim**-0.5 if scale is None else scale,
+        normal(batch, *spatial, heads, value_dim),
+        normal(batch, *spatial, heads),
+    ).to(dtype)
+
+
+@st.composite
+def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
+    """Any valid float64 problem with a small token grid."""
+    rank = draw(st.integers(1, 3))
+    spatial, kernel_size, stride, dilation = [], [], [], []
+    for axis in range(rank):
+        length = draw(st.integers(1, min(24, max_tokens // prod(spatial) // 2 ** (rank - axis - 1))))
+        spatial.append(length)
+        dilation.append(draw(st.integers(1, length)))
+        kernel_size.append(draw(st.integers(1, length // dilation[-1])))
+        stride.append(draw(st.integers(1, kernel_size[-1])))
+    key_heads = draw(st.integers(1, 3))
+    return random_problem(
+        tuple(spatial),
+        tuple(kernel_size),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        is_causal=tuple(draw(st.lists(st.booleans(), min_size=rank, max_size=rank))),
+        batch=draw(st.integers(1, 2)),
+        heads=key_heads * draw(st.integers(1, 3)),
+        key_heads=key_heads,
+        head_dim=draw(st.integers(1, 20)),
+        value_dim=draw(st.integers(1, 20)),
+        additional=draw(st.integers(0, 3)),
+        bias=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.0, 1.0, -0.7])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A problem with its float64 results."""
+
+    problem: Problem
+    output: Tensor
+    logsumexp: Tensor
+    grads: tuple[Tensor | None, ...]
+
+
+@cache
+def golden_cases() -> tuple[Golden, ...]:
+    """The cases of tests/golden, computed apart from this library."""
+    with np.load(Path(__file__).parent / "golden" / "neighborhood_attention_float64.npz") as archive:
+        arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "cases"}
+        parameters = json.loads(str(archive["cases"]))
+    return tuple(_golden_case(index, case, arrays) for index, case in enumerate(parameters))
+
+
+def _golden_case(index: int, case: dict, arrays: dict[str, Tensor]) -> Golden:
+    def array(name: str) -> Tensor | None:
+        return arrays.get(f"{index}/{name}")
+
+    tensors = tuple(array(name) for name in INPUTS)
+    scale = tensors[0].shape[-1] ** -0.5 if case["scale"] is None else case["scale"]
+    axes = (tuple(case[name]) for name in ("kernel_size", "stride", "dilation", "is_causal"))
+    problem = Problem(tensors, *axes, scale, array("grad_output"), array("grad_logsumexp"))
+    return Golden(problem, array("output"), array("logsumexp"), tuple(array(f"grad_{name}") for name in INPUTS))

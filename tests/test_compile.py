@@ -1,0 +1,175 @@
+"""What the compiler sees: one graph, one node, no copies, no needless recompilation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from problems import random_problem
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import natten2
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Block(torch.nn.Module):
+    """A projection, the operator on views of it, and a projection back."""
+
+    def __init__(self, heads: int = 2, head_dim: int = 8, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.heads, self.kernel_size = heads, kernel_size
+        width = heads * head_dim
+        self.qkv = torch.nn.Linear(width, 3 * width)
+        self.rpb = torch.nn.Parameter(torch.randn(heads, *(2 * kernel_size - 1,) * 2))
+        self.proj = torch.nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, -1)
+        query, key, value = qkv.unbind(3)
+        return self.proj(natten2.na2d(query, key, value, self.kernel_size, rpb=self.rpb).flatten(-2))
+
+
+def outputs_and_gradients(function: Callable[[Tensor], Tensor], block: Block, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    output = function(x)
+    return [output, *torch.autograd.grad(output.square().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_block_compiles_into_one_graph(dynamic: bool):
+    block = Block().double()
+    x = torch.randn(2, 5, 6, 16, dtype=torch.float64)
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(outputs_and_gradients(compiled, block, x), outputs_and_gradients(block, block, x))
+
+
+def test_a_new_batch_or_image_size_compiles_nothing():
+    counter = CompileCounterWithBackend("aot_eager")
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, backend=counter, dynamic=True)
+    for batch, height, width in ((2, 5, 6), (3, 7, 9), (4, 12, 8), (7, 30, 31)):
+        x = torch.randn(batch, height, width, 16)
+        torch.testing.assert_close(outputs_and_gradients(compiled, block, x), outputs_and_gradients(block, block, x))
+    assert counter.frame_count == 1
+
+
+def test_the_torch_operator_and_the_function_trace_alike():
+    def function(query: Tensor) -> Tensor:
+        return natten2.na2d(query, query, query, 3)
+
+    def operator(query: Tensor) -> Tensor:
+        return torch.ops.natten2.na2d(query, query, query, 3)
+
+    query = torch.randn(1, 4, 5, 2, 4)
+    graphs = [make_fx(each, tracing_mode="fake")(query).code for each in (function, operator)]
+    assert graphs[0] == graphs[1]
+
+
+def test_a_traced_step_is_one_node_forward_and_one_backward():
+    def step(query: Tensor) -> Tensor:
+        query = query.detach().requires_grad_()
+        output = natten2.na1d(query, query, query, 3, scale=0.5)
+        (grad,) = torch.autograd.grad(output, query, query)
+        return grad
+
+    graph = make_fx(step, tracing_mode="fake")(torch.randn(1, 4, 2, 4))
+    assert_expected_inline(
+        graph.code.strip(),
+        """\
+def forward(self, query_1) -> torch.Tensor:
+    detach = torch.ops.aten.detach.default(query_1);  query_1 = None
+    na_forward = torch.ops.natten2.na_forward.default(detach, detach, detach, None, None, None, [3], [1], [1], [False], 0.5)
+    getitem = na_forward[0]
+    getitem_1 = na_forward[1];  na_forward = None
+    detach_1 = torch.ops.aten.detach.default(getitem);  getitem = None
+    detach_2 = torch.ops.aten.detach.default(getitem_1);  getitem_1 = None
+    detach_3 = torch.ops.aten.detach.default(detach_1);  detach_1 = None
+    detach_4 = torch.ops.aten.detach.default(detach_2);  detach_2 = None
+    na_backward = torch.ops.natten2.na_backward.default(detach, None, detach, detach, detach, None, None, None, detach_3, detach_4, [3], [1], [1], [False], 0.5);  detach = detach_3 = detach_4 = None
+    getitem_2 = na_backward[0]
+    getitem_3 = na_backward[1]
+    getitem_4 = na_backward[2]
+    getitem_5 = na_backward[3];  getitem_5 = None
+    getitem_6 = na_backward[4];  getitem_6 = None
+    getitem_7 = na_backward[5];  na_backward = getitem_7 = None
+    add = torch.ops.aten.add.Tensor(getitem_2, getitem_3);  getitem_2 = getitem_3 = None
+    add_1 = torch.ops.aten.add.Tensor(add, getitem_4);  add = getitem_4 = None
+    return add_1""",
+    )
+
+
+def test_inductor_hands_the_kernel_views_of_the_projection():
+    block, x = Block().eval(), torch.randn(2, 8, 8, 16)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x)
+    call = code[code.index("def call(") :]
+    lines = [line.strip() for line in call.splitlines()]
+    (operator,) = [i for i, line in enumerate(lines) if "torch.ops.natten2.na_forward.default(" in line]
+    # The three operands are the product's own buffer, at three offsets.
+    product = lines[operator].split("reinterpret_tensor(")[1].split(",")[0]
+    for offset in (0, 16, 32):
+        assert f"reinterpret_tensor({product}, (2, 8, 8, 2, 8), (3072, 384, 48, 8, 1), {offset})" in lines[operator]
+    assert any(f"out={product}" in line and "mm(" in line for line in lines[:operator])
+    assert not [line for line in lines if "cpp_fused" in line or ".clone(" in line or ".contiguous(" in line]
+
+
+def test_backward_through_inductor_copies_nothing_into_the_kernel():
+    block, x = Block(), torch.randn(2, 8, 8, 16)
+
+    def step() -> None:
+        torch.compile(block, fullgraph=True)(x).sum().backward()
+
+    _, codes = run_and_get_code(step)
+    (backward,) = [code for code in codes if "torch.ops.natten2.na_backward.default(" in code]
+    assert ".clone(" not in backward
+    assert ".contiguous(" not in backward
+
+
+def test_export_keeps_one_node_with_dynamic_sizes(tmp_path):
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return torch.ops.natten2.na2d(query, key, value, 3, dilation=2) * 2
+
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height", min=6), 2: torch.export.Dim("width", min=6)}
+    inputs = random_problem((7, 8), (3, 3)).tensors[:3]
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=(sizes,) * 3)
+    assert [str(node.target) for node in program.graph.nodes if "natten2" in str(node.target)] == [
+        "natten2.na2d.default"
+    ]
+    torch.export.save(program, tmp_path / "attention.pt2")
+    loaded = torch.export.load(tmp_path / "attention.pt2").module()
+    others = random_problem((11, 6), (3, 3), batch=3, seed=1).tensors[:3]
+    torch.testing.assert_close(loaded(*others), Attention()(*others))
+    lowered = program.run_decompositions()
+    assert [str(n.target) for n in lowered.graph.nodes if "natten2" in str(n.target)] == ["natten2.na_forward.default"]
+
+
+def test_compiled_autocast_is_eager_autocast():
+    block, x = Block(), torch.randn(2, 5, 6, 16)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x)
+
+    compiled = torch.compile(run, fullgraph=True)(x)
+    assert compiled.dtype == torch.bfloat16
+    torch.testing.assert_close(compiled, run(x), rtol=0.02, atol=0.02)
+
+
+def test_compiled_gradient_of_the_log_sum_exp():
+    problem = random_problem((6, 5), (3, 3), bias=True, additional=1)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        query, key, value, rpb, additional_keys, additional_values = tensors
+        extra = {"additional_keys": additional_keys, "additional_values": additional_values}
+        _, lse = natten2.na2d(query, key, value, 3, rpb=rpb, **extra, return_lse=True)
+        return lse.square().sum()
+
+    tensors = [tensor.requires_grad_() for tensor in problem.tensors]
+    expected = torch.autograd.grad(loss(*tensors), tensors, materialize_grads=True)
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*tensors), tensors, materialize_grads=True), expected)

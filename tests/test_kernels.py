@@ -1,0 +1,180 @@
+"""Every kernel against the golden file, and against dense attention on inputs that nobody picked."""
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from problems import DTYPES, INPUTS, Golden, Problem, golden_cases, problems, random_problem, relative_error
+from torch import Tensor
+
+from natten2.ops import reference
+from natten2.ops.schemas import na_backward, na_forward
+
+FORWARD_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+BACKWARD_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
+Results = tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]
+OPERATORS = (na_forward, na_backward)
+REFERENCE = (reference.na_forward, reference.na_backward)
+
+
+def run(problem: Problem, kernels: tuple[Callable, Callable] = OPERATORS) -> Results:
+    forward, backward = kernels
+    output, logsumexp = forward(*problem.tensors, *problem.parameters)
+    upstream = (problem.grad_output, problem.grad_logsumexp)
+    return (output, logsumexp), backward(*upstream, *problem.tensors, output, logsumexp, *problem.parameters)
+
+
+def rounded_results(problem: Problem, dtype: torch.dtype) -> Results:
+    """What rounding inputs and outputs to a dtype leaves of the float64 results."""
+    (output, logsumexp), _ = run(problem.to(dtype).to(torch.float64), REFERENCE)
+    rounded, exact = problem.to(dtype), problem.to(dtype).to(torch.float64)
+    grads = reference.na_backward(
+        exact.grad_output,
+        exact.grad_logsumexp,
+        *exact.tensors,
+        output.to(dtype).double(),
+        logsumexp,
+        *exact.parameters,
+    )
+    return (output.to(dtype), logsumexp.to(rounded.grad_logsumexp.dtype)), tuple(grad.to(dtype) for grad in grads)
+
+
+def check_golden(golden: Golden, dtype: torch.dtype, kernels: tuple[Callable, Callable]) -> None:
+    problem = golden.problem
+    results, grads = run(problem.to(dtype), kernels)
+    if dtype in FORWARD_TOLERANCE:
+        forward_bounds = (FORWARD_TOLERANCE[dtype],) * len(results)
+        backward_bounds = (BACKWARD_TOLERANCE[dtype],) * len(grads)
+    else:
+        best, best_grads = rounded_results(problem, dtype)
+        expected = (golden.output, golden.logsumexp)
+        forward_bounds = tuple(rounding_bound(*pair) for pair in zip(best, expected, strict=True))
+        backward_bounds = tuple(
+            0.0 if pair[1] is None else rounding_bound(*pair) for pair in zip(best_grads, golden.grads, strict=True)
+        )
+    for name, result, expected, bound in zip(
+        ("output", "logsumexp"), results, (golden.output, golden.logsumexp), forward_bounds, strict=True
+    ):
+        assert relative_error(result, expected) <= bound, name
+    for name, grad, expected, bound in zip(INPUTS, grads, golden.grads, backward_bounds, strict=True):
+        if expected is None:
+            assert grad.numel() == 0, name
+        else:
+            assert relative_error(grad, expected) <= bound, f"grad_{name}"
+
+
+def rounding_bound(rounded: Tensor, expected: Tensor) -> float:
+    return 1.2 * relative_error(rounded, expected) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", range(len(golden_cases())))
+def test_golden_cpp(capability: str, index: int, dtype: torch.dtype):
+    check_golden(golden_cases()[index], dtype, OPERATORS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", range(len(golden_cases())))
+def test_golden_reference(index: int, dtype: torch.dtype):
+    check_golden(golden_cases()[index], dtype, REFERENCE)
+
+
+@settings(max_examples=150)
+@given(problems(max_tokens=60))
+def test_reference_is_dense_attention(problem: Problem):
+    check_against_oracle(problem, REFERENCE)
+
+
+@settings(max_examples=150)
+@given(problems(max_tokens=60))
+def test_kernels_are_dense_attention(problem: Problem):
+    check_against_oracle(problem, OPERATORS)
+
+
+def check_against_oracle(problem: Problem, kernels: tuple[Callable, Callable]) -> None:
+    expected, expected_grads = oracle.gradients(problem)
+    results, grads = run(problem, kernels)
+    compare(results, grads, expected, expected_grads)
+
+
+@settings(max_examples=300)
+@given(problems(max_tokens=500))
+def test_kernels_are_the_reference(problem: Problem):
+    compare(*run(problem), *run(problem, REFERENCE))
+
+
+def compare(results, grads, expected, expected_grads) -> None:
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-12)
+    for name, grad, wanted in zip(INPUTS, grads, expected_grads, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(
+                grad, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 15, 16, 17, 31, 33, 64, 80, 127, 256])
+def test_every_head_dim(capability: str, head_dim: int, dtype: torch.dtype):
+    problem = random_problem((5, 6), (3, 4), head_dim=head_dim, value_dim=head_dim + 1, bias=True, additional=2)
+    results, grads = run(problem.to(dtype))
+    expected, expected_grads = run(problem.to(dtype).to(torch.float64), REFERENCE)
+    bound = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
+        assert relative_error(result, wanted) <= bound
+
+
+def test_a_long_line_is_cut_into_blocks(capability: str):
+    problem = random_problem((300,), (9,), dilation=(2,), stride=(2,), bias=True, additional=1, head_dim=3)
+    compare(*run(problem), *run(problem, REFERENCE))
+
+
+@pytest.mark.parametrize(
+    ("spatial", "kernel_size"), [((3000,), (3000,)), ((41, 43), (41, 43)), ((7, 9, 11), (7, 9, 11))]
+)
+def test_a_window_of_the_whole_axis_is_full_attention(spatial: tuple[int, ...], kernel_size: tuple[int, ...]):
+    problem = random_problem(spatial, kernel_size, batch=1, heads=1, head_dim=2)
+    query, key, value = (tensor.flatten(1, len(spatial)).transpose(1, 2) for tensor in problem.tensors[:3])
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    output, _ = na_forward(*problem.tensors, *problem.parameters)
+    torch.testing.assert_close(output.flatten(1, len(spatial)).transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponential_is_accurate_over_its_whole_range(capability: str, dtype: torch.dtype):
+    # One key with score 0 and one with score x give the weight 1 / (1 + exp(x)) to the first value.
+    scores = torch.cat((torch.linspace(-110, 110, 4001, dtype=torch.float64), torch.tensor([-torch.inf, 0.0])))
+    scores = scores.to(dtype).to(torch.float64)
+    key = torch.stack((torch.zeros_like(scores), scores), 1).reshape(-1, 2, 1, 1).to(dtype)
+    query, value = torch.ones_like(key), torch.tensor([1.0, 0.0]).to(dtype).reshape(1, 2, 1, 1).expand(key.shape)
+    output, logsumexp = na_forward(query, key, value, None, None, None, (2,), (1,), (1,), (False,), 1.0)
+    expected = torch.sigmoid(-scores)
+    eps = torch.finfo(dtype).eps
+    tiny = torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(output[:, 0, 0, 0].double(), expected, rtol=4 * eps, atol=2 * tiny)
+    eps = torch.finfo(logsumexp.dtype).eps
+    wanted = torch.nn.functional.softplus(scores, threshold=100)
+    torch.testing.assert_close(logsumexp[:, 0, 0].double(), wanted, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_converts_as_pytorch_does(capability: str, dtype: torch.dtype):
+    # All 65,536 values pass through a kernel of size 1, whose output is its value.
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, 2**16, 1, 1)
+    query = torch.zeros_like(values)
+    output, _ = na_forward(query, query, values, None, None, None, (1,), (1,), (1,), (False,), 1.0)
+    torch.testing.assert_close(output, values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_to_nearest_even(capability: str, dtype: torch.dtype):
+    # The mean of two neighboring values is a tie, and other means cover every distance to one.
+    numbers = torch.arange(0x7C00 if dtype is torch.float16 else 0x7F80).to(torch.int16).view(dtype)
+    for shift in (1, 2, 5):
+        value = torch.stack((numbers[:-shift], numbers[shift:]), 1).reshape(-1, 2, 1, 1)
+        query = torch.zeros_like(value)
+        output, _ = na_forward(query, query, value, None, None, None, (2,), (1,), (1,), (False,), 1.0)
+        expected = value.double().mean(1, keepdim=True).to(dtype).expand(value.shape)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
