@@ -6,18 +6,16 @@ Transformer (arXiv 2209.15001) the dilation, Generalized Neighborhood Attention 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from natten2._arguments import check_tensor, flags, integers
 from natten2.ops.composite import default_scale
 from natten2.ops.schemas import na_forward
 
 __all__ = ["merge_attentions", "na1d", "na2d", "na3d"]
-
-_MAX_INT = torch.iinfo(torch.int64).max
 
 
 def na1d(
@@ -179,7 +177,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         raise ValueError(f"outputs and lses must be equally many, at least one, got {len(outputs)} and {len(lses)}")
     for name, tensors in (("outputs", outputs), ("lses", lses)):
         for index, tensor in enumerate(tensors):
-            _check_tensor(f"{name}[{index}]", tensor)
+            check_tensor(f"{name}[{index}]", tensor)
     _check_alike("outputs", outputs, outputs[0].shape)
     _check_alike("lses", lses, outputs[0].shape[:-1])
     stacked = torch.stack(lses)
@@ -198,36 +196,6 @@ def _check_alike(name: str, tensors: list[Tensor], shape: torch.Size) -> None:
             raise TypeError(f"{name} must share one floating-point dtype, got {tensors[0].dtype} and {tensor.dtype}")
 
 
-def _check_tensor(name: str, tensor: object, *, optional: bool = False) -> None:
-    if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
-        raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}")
-
-
-def _integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One integer per axis; the operator checks their values."""
-    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
-    if len(values) != rank:
-        raise ValueError(f"{name} must be one integer or {rank} of them, got {value}")
-    try:
-        integers = tuple(operator.index(entry) for entry in values)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}") from None
-    if any(isinstance(entry, bool) for entry in values):
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
-    if any(abs(entry) > _MAX_INT for entry in integers):
-        raise ValueError(f"{name} must fit in 64 bits, got {value}")
-    return integers
-
-
-def _flags(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
-    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
-    if len(values) != rank:
-        raise ValueError(f"{name} must be one bool or {rank} of them, got {value}")
-    if not all(isinstance(entry, bool) for entry in values):
-        raise TypeError(f"{name} must be a bool or a sequence of bools, got {value!r}")
-    return values
-
-
 def _neighborhood_attention(
     rank: int,
     query: Tensor,
@@ -244,13 +212,13 @@ def _neighborhood_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     for name, tensor in (
         ("rpb", rpb),
         ("additional_keys", additional_keys),
         ("additional_values", additional_values),
     ):
-        _check_tensor(name, tensor, optional=True)
+        check_tensor(name, tensor, optional=True)
     if scale is None:
         scale = default_scale(query)
     elif isinstance(scale, Tensor | bool) or not hasattr(scale, "__float__"):
@@ -262,10 +230,10 @@ def _neighborhood_attention(
         rpb,
         additional_keys,
         additional_values,
-        _integers("kernel_size", kernel_size, rank),
-        _integers("stride", stride, rank),
-        _integers("dilation", dilation, rank),
-        _flags("is_causal", is_causal, rank),
+        integers("kernel_size", kernel_size, rank),
+        integers("stride", stride, rank),
+        integers("dilation", dilation, rank),
+        flags("is_causal", is_causal, rank),
         float(scale),
     )
     return (output, logsumexp) if return_lse else output

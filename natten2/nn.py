@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-from natten2.functional import _flags, _integers, na1d, na2d, na3d
+from natten2._arguments import check_heads, check_probability, check_real, flags, integers
+from natten2.functional import na1d, na2d, na3d
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -32,17 +32,17 @@ class _NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         rank = len(self._axes)
-        _check_heads("embed_dim", embed_dim, "num_heads", num_heads)
+        check_heads("embed_dim", embed_dim, "num_heads", num_heads)
         if qk_scale is not None:
-            _check_real("qk_scale", qk_scale)
-        _check_probability("proj_drop", proj_drop)
+            check_real("qk_scale", qk_scale)
+        check_probability("proj_drop", proj_drop)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
-        self.kernel_size = _integers("kernel_size", kernel_size, rank)
-        self.stride = _integers("stride", stride, rank)
-        self.dilation = _integers("dilation", dilation, rank)
-        self.is_causal = _flags("is_causal", is_causal, rank)
+        self.kernel_size = integers("kernel_size", kernel_size, rank)
+        self.stride = integers("stride", stride, rank)
+        self.dilation = integers("dilation", dilation, rank)
+        self.is_causal = flags("is_causal", is_causal, rank)
         self.qk_scale = qk_scale
         _check_window(self.kernel_size, self.stride, self.dilation)
 
@@ -133,13 +133,6 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
     _attend = staticmethod(na3d)
 
 
-def _check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    _check_integer(dim_name, dim, minimum=1)
-    _check_integer(heads_name, heads, minimum=1)
-    if dim % heads != 0:
-        raise ValueError(f"{dim_name} must be a multiple of {heads_name} {heads}, got {dim}")
-
-
 def _check_window(kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
     if min(kernel_size) < 1:
         raise ValueError(f"kernel_size must be at least 1 on every axis, got {kernel_size}")
@@ -147,21 +140,3 @@ def _check_window(kernel_size: tuple[int, ...], stride: tuple[int, ...], dilatio
         raise ValueError(f"stride must be between 1 and kernel_size {kernel_size} on every axis, got {stride}")
     if min(dilation) < 1:
         raise ValueError(f"dilation must be at least 1 on every axis, got {dilation}")
-
-
-def _check_integer(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _check_real(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _check_probability(name: str, value: float) -> None:
-    _check_real(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")

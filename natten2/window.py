@@ -79,7 +79,7 @@ def query_bounds(
     middle, strides = stride // 2, (length + stride - 1) // stride
     first_leader = 0 if position < kernel_size else position - (kernel_size - 1) // 2
     last_leader = length - 1 if position >= length - kernel_size else position + kernel_size // 2
-    first = 0 if first_leader <= middle else _smaller((first_leader - middle + stride - 1) // stride, strides - 1)
+    first = 0 if first_leader <= middle else (first_leader - middle + stride - 1) // stride
     last = strides - 1 if last_leader >= length - 1 else (last_leader - middle) // stride
     return first * stride, _smaller((last + 1) * stride, length)
 

@@ -1,5 +1,7 @@
 """Gradients: of every input, through both outputs, to second order."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from problems import Problem, random_problem
@@ -147,18 +149,19 @@ def test_forward_mode_raises_instead_of_giving_zero_tangents():
         torch.func.jvp(lambda x: natten2.na1d(x, x, x, 3), (query,), (query,))
 
 
-def test_nan_and_infinity_reach_only_queries_that_see_them(capability: str):
-    for poison in (torch.nan, torch.inf):
-        problem = random_problem((12, 10), (3, 3), is_causal=(False, True), dilation=(2, 1), batch=1)
-        query, key, value = (tensor.clone() for tensor in problem.tensors[:3])
-        value[0, 5, 4, 0, 0] = poison
-        output, logsumexp = na_forward(query, key, value, None, None, None, *problem.parameters)
-        wrong = ~output.isfinite()
-        expected = torch.zeros_like(wrong)
-        # Row 5 is seen from rows 3, 5, and 7, and from row 1 whose window is shifted; column 4 from 4, 5, and 6.
-        expected[0, 1:8:2, 4:7, 0, 0] = True
-        assert torch.equal(wrong, expected)
-        assert logsumexp.isfinite().all()
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("attention", [na_forward, reference.na_forward], ids=["kernel", "reference"])
+def test_nan_and_infinity_reach_only_queries_that_see_them(capability: str, attention: Callable, poison: float):
+    problem = random_problem((12, 10), (3, 3), is_causal=(False, True), dilation=(2, 1), batch=1)
+    query, key, value = (tensor.clone() for tensor in problem.tensors[:3])
+    value[0, 5, 1, 0, 0] = poison
+    output, logsumexp = attention(query, key, value, None, None, None, *problem.parameters)
+    wrong = ~output.isfinite()
+    expected = torch.zeros_like(wrong)
+    # Row 5 is seen from rows 3, 5, and 7, and from row 1 whose window is shifted; column 1 from 1, 2, and 3.
+    expected[0, 1:8:2, 1:4, 0, 0] = True
+    assert torch.equal(wrong, expected)
+    assert logsumexp.isfinite().all()
 
 
 def test_scores_of_minus_infinity_hide_a_key(capability: str):

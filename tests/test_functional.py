@@ -61,6 +61,7 @@ def test_scale_defaults_to_the_root_of_head_dim_and_zero_means_zero():
     mean = torch.stack([value[:, i : i + 3].mean(1) for i in range(4)], 1)
     torch.testing.assert_close(natten2.na1d(query, key, value, 3, scale=0.0)[:, 1:-1], mean)
     torch.testing.assert_close(natten2.na1d(query, key, value, 3, scale=0)[:, 1:-1], mean)
+    torch.testing.assert_close(torch.ops.natten2.na1d(query, key, value, 3, scale=0.0)[:, 1:-1], mean)
 
 
 def test_no_additional_tokens_change_nothing():

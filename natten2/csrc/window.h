@@ -55,8 +55,7 @@ NATTEN2_HOST_DEVICE constexpr Interval query_bounds(const Axis& axis, int64_t le
   const int64_t strides = (length + axis.stride - 1) / axis.stride;
   const int64_t first_leader = position < axis.kernel_size ? 0 : position - (axis.kernel_size - 1) / 2;
   const int64_t last_leader = position >= length - axis.kernel_size ? length - 1 : position + axis.kernel_size / 2;
-  const int64_t first =
-      first_leader <= middle ? 0 : smaller((first_leader - middle + axis.stride - 1) / axis.stride, strides - 1);
+  const int64_t first = first_leader <= middle ? 0 : (first_leader - middle + axis.stride - 1) / axis.stride;
   const int64_t last = last_leader >= length - 1 ? strides - 1 : (last_leader - middle) / axis.stride;
   return {first * axis.stride, smaller((last + 1) * axis.stride, length)};
 }

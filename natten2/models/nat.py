@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from natten2.functional import _integers
-from natten2.nn import NeighborhoodAttention2D, _check_heads, _check_integer, _check_probability, _check_real
+from natten2._arguments import check_heads, check_integer, check_probability, check_real, integers
+from natten2.nn import NeighborhoodAttention2D
 
 __all__ = ["NAT", "NATConfig", "nat_base", "nat_mini", "nat_small", "nat_tiny"]
 
@@ -71,28 +71,28 @@ class NATConfig:
 
     def _check_numbers(self) -> None:
         for name, minimum in (("embed_dim", 2), ("kernel_size", 1), ("in_chans", 1), ("num_classes", 0)):
-            _check_integer(name, getattr(self, name), minimum)
+            check_integer(name, getattr(self, name), minimum)
         if self.embed_dim % 2 != 0:
             raise ValueError(f"embed_dim must be even, got {self.embed_dim}")
         for name in ("drop_rate", "drop_path_rate"):
-            _check_probability(name, getattr(self, name))
-        _check_real("mlp_ratio", self.mlp_ratio)
+            check_probability(name, getattr(self, name))
+        check_real("mlp_ratio", self.mlp_ratio)
         if not (math.isfinite(self.mlp_ratio) and self.embed_dim * self.mlp_ratio >= 1):
             raise ValueError(f"mlp_ratio must be finite and leave at least one hidden channel, got {self.mlp_ratio}")
         if self.layer_scale is not None:
-            _check_real("layer_scale", self.layer_scale)
+            check_real("layer_scale", self.layer_scale)
 
     def _check_depths(self) -> tuple[int, ...]:
         _check_sequence("depths", self.depths)
-        depths = _integers("depths", self.depths, len(self.depths))
+        depths = integers("depths", self.depths, len(self.depths))
         if not depths or min(depths) < 1:
             raise ValueError(f"depths must hold at least one integer, each at least 1, got {depths}")
         return depths
 
     def _check_num_heads(self) -> tuple[int, ...]:
-        num_heads = _integers("num_heads", self.num_heads, len(self.depths))
+        num_heads = integers("num_heads", self.num_heads, len(self.depths))
         for level, heads in enumerate(num_heads):
-            _check_heads(f"the channels of level {level}", self.embed_dim * 2**level, f"num_heads[{level}]", heads)
+            check_heads(f"the channels of level {level}", self.embed_dim * 2**level, f"num_heads[{level}]", heads)
         return num_heads
 
     def _check_dilations(self) -> tuple[tuple[int, ...], ...] | None:
@@ -281,7 +281,7 @@ def _check_sequence(name: str, value: Sequence[object]) -> None:
 
 
 def _check_dilation(name: str, dilation: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    dilations = _integers(name, dilation, depth)
+    dilations = integers(name, dilation, depth)
     if min(dilations) < 1:
         raise ValueError(f"{name} must be at least 1 in every block, got {dilations}")
     return dilations

@@ -99,7 +99,7 @@ def check_backward(
     output_shape = (*query.shape[:-1], value.shape[-1])
     accumulate = accumulate_dtype(query.dtype)
     _check_like("output", output, query, output_shape, query.dtype)
-    _check_unit_stride("output", output)
+    _check_unit_stride("output", output, output_shape[-1])
     _check_like("grad_output", grad_output, query, output_shape, query.dtype)
     _check_like("logsumexp", logsumexp, query, query.shape[:-1], accumulate)
     if grad_logsumexp is not None:
@@ -129,8 +129,8 @@ def _check_kind(name: str, tensor: Tensor, query: Tensor, dtypes: Sequence[torch
         raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
 
 
-def _check_unit_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+def _check_unit_stride(name: str, tensor: Tensor, channels: int) -> None:
+    if channels != 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name}'s last axis must be contiguous, got strides {tuple(tensor.stride())}: call .contiguous() on it"
         )
@@ -143,25 +143,27 @@ def _check_like(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int], 
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != rank + 3:
+    # Every call comes through here, and a look at a tensor's shape costs more than one at a tuple.
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    tokens = query_shape[:-2]
+    for name, tensor, shape in (("query", query, query_shape), ("key", key, key_shape), ("value", value, value_shape)):
+        if len(shape) != rank + 3:
             raise ValueError(
                 f"{name} must have {rank + 3} axes (batch, {_AXES[rank]}, heads, head_dim) for a kernel_size of {rank} "
-                f"entries, got shape {tuple(tensor.shape)}"
+                f"entries, got shape {tuple(shape)}"
             )
-        if tensor.shape[-1] < 1 or tensor.shape[-2] < 1:
-            raise ValueError(f"{name} must have at least one head and one channel, got shape {tuple(tensor.shape)}")
-        _check_unit_stride(name, tensor)
-        if tensor.shape[:-2] != query.shape[:-2]:
-            raise ValueError(
-                f"{name} must have query's batch and axes {tuple(query.shape[:-2])}, got shape {tuple(tensor.shape)}"
-            )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have as many heads as key, {key.shape[-2]}, got {value.shape[-2]}")
-    if query.shape[-2] % key.shape[-2] != 0:
-        raise ValueError(f"query's heads must be a multiple of key's {key.shape[-2]} heads, got {query.shape[-2]}")
+        heads, channels = shape[-2:]
+        if channels < 1 or heads < 1:
+            raise ValueError(f"{name} must have at least one head and one channel, got shape {tuple(shape)}")
+        _check_unit_stride(name, tensor, channels)
+        if shape[:-2] != tokens:
+            raise ValueError(f"{name} must have query's batch and axes {tuple(tokens)}, got shape {tuple(shape)}")
+    if key_shape[-1] != query_shape[-1]:
+        raise ValueError(f"key must have query's head_dim {query_shape[-1]}, got {key_shape[-1]}")
+    if value_shape[-2] != key_shape[-2]:
+        raise ValueError(f"value must have as many heads as key, {key_shape[-2]}, got {value_shape[-2]}")
+    if query_shape[-2] % key_shape[-2] != 0:
+        raise ValueError(f"query's heads must be a multiple of key's {key_shape[-2]} heads, got {query_shape[-2]}")
 
 
 def _check_windows(
@@ -208,7 +210,7 @@ def _check_additional(
         batch, (heads, channels) = query.shape[0], like.shape[-2:]
         if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, channels):
             raise ValueError(f"{name} must have shape ({batch}, N, {heads}, {channels}), got {tuple(tensor.shape)}")
-        _check_unit_stride(name, tensor)
+        _check_unit_stride(name, tensor, channels)
     if additional_values.shape[1] != additional_keys.shape[1]:
         raise ValueError(
             f"additional_values must have as many tokens as additional_keys, {additional_keys.shape[1]}, "

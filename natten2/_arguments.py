@@ -1,0 +1,67 @@
+"""Checks of what users hand to functions, modules, and models; tensors' values are the operator's to check."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_heads", "check_integer", "check_probability", "check_real", "check_tensor", "flags", "integers"]
+
+_MAX_INT = torch.iinfo(torch.int64).max
+
+
+def check_tensor(name: str, tensor: object, *, optional: bool = False) -> None:
+    if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
+        raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}")
+
+
+def integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One integer per axis; the operator checks their values."""
+    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(f"{name} must be one integer or {rank} of them, got {value}")
+    if any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in values):
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
+    indices = tuple(operator.index(entry) for entry in values)
+    if any(abs(index) > _MAX_INT for index in indices):
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return indices
+
+
+def flags(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
+    """One bool per axis."""
+    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(f"{name} must be one bool or {rank} of them, got {value}")
+    if not all(isinstance(entry, bool) for entry in values):
+        raise TypeError(f"{name} must be a bool or a sequence of bools, got {value!r}")
+    return values
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    check_integer(dim_name, dim, minimum=1)
+    check_integer(heads_name, heads, minimum=1)
+    if dim % heads != 0:
+        raise ValueError(f"{dim_name} must be a multiple of {heads_name} {heads}, got {dim}")
+
+
+def check_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_real(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_probability(name: str, value: float) -> None:
+    check_real(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
