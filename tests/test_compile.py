@@ -98,7 +98,7 @@ def forward(self, query_1) -> torch.Tensor:
     getitem_7 = na_backward[5];  na_backward = getitem_7 = None
     add = torch.ops.aten.add.Tensor(getitem_2, getitem_3);  getitem_2 = getitem_3 = None
     add_1 = torch.ops.aten.add.Tensor(add, getitem_4);  add = getitem_4 = None
-    return add_1""",
+    return add_1""",  # noqa: E501
     )
 
 

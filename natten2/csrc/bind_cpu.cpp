@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
 // for any number of threads, so that the sum is too.
 int64_t count_parts(const Problem& problem, int64_t offsets) {
   constexpr int64_t kTasks = 256, kMostEntries = int64_t{1} << 22;
-  const int64_t wanted = (kTasks + problem.heads - 1) / problem.heads;
+  const int64_t wanted = (kTasks + problem.key_heads - 1) / problem.key_heads;
   const int64_t fitting = kMostEntries / std::max<int64_t>(1, problem.heads * offsets);
   return std::max<int64_t>(1, std::min(wanted, fitting));
 }

@@ -10,89 +10,101 @@ inline namespace NATTEN2_ISA {
 // delta = sum(output * grad_output) - grad_logsumexp, the part of the softmax's gradient that is the same for every
 // key.
 template <class Storage, class Acc>
-inline Acc write_delta(const Backward& args, const Token& token, int64_t head, const Acc* grad_output) {
-  const Storage* output = at<Storage>(args.forward.output, token, head);
-  Acc delta = dot(output, grad_output, args.forward.problem.value_dim);
+inline Acc write_delta(const Backward& args, const Token& token, int64_t head, const Acc* grad_output, Acc* row) {
+  const int64_t value_dim = args.forward.problem.value_dim;
+  Acc delta = dot(widened(at<Storage>(args.forward.output, token, head), row, value_dim), grad_output, value_dim);
   if (args.grad_logsumexp.data) delta -= *at<Acc>(args.grad_logsumexp, token, head);
   return *at<Acc>(args.delta, token, head) = delta;
 }
 
+// Adds the gradients of a query's scores, `[slots]`, to those of the bias entries that they hold.
+template <class Acc>
+inline void add_offsets(const Problem& problem, const Neighborhood& near, const Acc* grad_scores, double* grad_rpb) {
+  for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
+    for (int64_t j = 0; j < run.count; ++j) grad_rpb[run.bias + j] += *grad_scores++;
+  });
+}
+
+// `grad_rpb` is null or this part's sums for every head, `head_stride` apart.
 template <class Storage>
-void backward_query(const Backward& args, const Token& token, int64_t head, double* grad_rpb,
-                    AccumulateType<Storage>* scratch) {
+void backward_token(const Backward& args, const Token& token, int64_t key_head, double* grad_rpb, int64_t head_stride,
+                    void* memory) {
   using Acc = AccumulateType<Storage>;
   const Forward& forward = args.forward;
   const Problem& problem = forward.problem;
-  const int64_t key_head = head / (problem.heads / problem.key_heads);
-  Acc* query = scratch;
-  Acc* grad_query = query + problem.head_dim;
-  Acc* grad_output = grad_query + problem.head_dim;
-  Acc* weights = grad_output + problem.value_dim;
-  const Acc scale = static_cast<Acc>(problem.scale);
+  const int64_t group = group_size(problem), most = most_slots(problem);
+  const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
+  Scratch<Acc> scratch(memory);
+  Acc* query = scratch.take(group * head_dim);
+  Acc* grad_query = scratch.take(group * head_dim);
+  Acc* grad_output = scratch.take(group * value_dim);
+  Acc* delta = scratch.take(group);
+  Acc* weights = scratch.take(group * most);
+  Acc* key_row = scratch.take(head_dim);
+  Acc* value_row = scratch.take(value_dim);
 
-  load_scaled(at<Storage>(forward.query, token, head), scale, query, problem.head_dim);
-  load_scaled(at<Storage>(args.grad_output, token, head), Acc(1), grad_output, problem.value_dim);
-  const Acc delta = write_delta<Storage>(args, token, head, grad_output);
   const Neighborhood near = neighborhood<Seek::kKeys>(problem, token);
-  const int64_t slots = score_keys<Storage>(forward, near, head, query, weights);
-  exponentiate(weights, *at<Acc>(forward.logsumexp, token, head), slots);
+  const int64_t slots = score_keys<Storage>(forward, near, key_head, query, weights, key_row);
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = key_head * group + g;
+    load(at<Storage>(args.grad_output, token, head), grad_output + g * value_dim, value_dim);
+    delta[g] = write_delta<Storage>(args, token, head, grad_output + g * value_dim, value_row);
+    exponentiate(weights + g * most, *at<Acc>(forward.logsumexp, token, head), slots);
+  }
 
-  fill_zero(grad_query, problem.head_dim);
-  const auto grad_score = [&](Acc weight, const Storage* key, const Storage* value) {
-    const Acc grad = weight * (dot(value, grad_output, problem.value_dim) - delta);
-    add_scaled(grad, key, grad_query, problem.head_dim);
-    return grad;
-  };
-  const Acc* weight = weights;
-  const int64_t key_step = run_step(problem, forward.key), value_step = run_step(problem, forward.value);
-  for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
-    const Storage* key = at<Storage>(forward.key, run.first, key_head);
-    const Storage* value = at<Storage>(forward.value, run.first, key_head);
-    for (int64_t j = 0; j < run.count; ++j) {
-      const Acc grad = grad_score(*weight++, key + j * key_step, value + j * value_step);
-      if (grad_rpb) grad_rpb[run.bias + j] += grad;
+  fill_zero(grad_query, group * head_dim);
+  for_each_slot<Storage>(forward, near, key_head, [&](int64_t slot, const Storage* key, const Storage* value) {
+    const Acc* wide_key = widened(key, key_row, head_dim);
+    const Acc* wide_value = widened(value, value_row, value_dim);
+    for (int64_t g = 0; g < group; ++g) {
+      Acc& weight = weights[g * most + slot];
+      // From here on the gradient of the score takes the weight's place.
+      weight *= dot(wide_value, grad_output + g * value_dim, value_dim) - delta[g];
+      add_scaled(weight, wide_key, grad_query + g * head_dim, head_dim);
     }
   });
-  for (int64_t n = 0; n < problem.additional; ++n) {
-    const Token extra = {token.batch, {0, 0, n}};
-    grad_score(*weight++, at<Storage>(forward.additional_keys, extra, key_head),
-               at<Storage>(forward.additional_values, extra, key_head));
+  for (int64_t g = 0; g < group; ++g) {
+    if (grad_rpb) add_offsets(problem, near, weights + g * most, grad_rpb + (key_head * group + g) * head_stride);
+    multiply(static_cast<Acc>(problem.scale), grad_query + g * head_dim, head_dim);
+    store(grad_query + g * head_dim, at<Storage>(args.grad_query, token, key_head * group + g), head_dim);
   }
-  store_scaled(grad_query, scale, at<Storage>(args.grad_query, token, head), problem.head_dim);
 }
 
-// A task is one head's share of all blocks: with a bias, the part that its gradient is summed over.
+// A task is a share of all blocks, for one key head: with a bias, the part that its gradient is summed over.
 template <class Storage>
 struct GradQueryPass {
-  static int64_t count(const Backward& args) { return args.forward.problem.heads * args.parts; }
+  static int64_t count(const Backward& args) { return args.forward.problem.key_heads * args.parts; }
 
   static int64_t work(const Backward& args) {
     const Problem& problem = args.forward.problem;
     const int64_t blocks = problem.batch * blocks_per_image(problem) / args.parts + 1;
-    return blocks * block_tokens(problem) * most_slots(problem) * (2 * problem.head_dim + problem.value_dim);
+    return blocks * block_tokens(problem) * most_slots(problem) * group_size(problem) *
+           (2 * problem.head_dim + problem.value_dim);
   }
 
   static int64_t scratch_bytes(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    return (2 * problem.head_dim + problem.value_dim + most_slots(problem)) * sizeof(AccumulateType<Storage>);
+    const int64_t per_head = 2 * problem.head_dim + problem.value_dim + 1 + most_slots(problem);
+    return (group_size(problem) * per_head + problem.head_dim + problem.value_dim) * sizeof(AccumulateType<Storage>);
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.forward.problem;
+    const int64_t group = group_size(problem), head_stride = args.parts * offsets(problem);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / args.parts, part = task % args.parts;
+      const int64_t key_head = task / args.parts, part = task % args.parts;
       double* grad_rpb = args.grad_rpb_parts;
       if (grad_rpb) {
-        grad_rpb += task * offsets(problem);
-        fill_zero(grad_rpb, offsets(problem));
+        grad_rpb += part * offsets(problem);
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+          fill_zero(grad_rpb + head * head_stride, offsets(problem));
       }
-      const auto visit = [&](const Token& token) {
-        backward_query<Storage>(args, token, head, grad_rpb, static_cast<AccumulateType<Storage>*>(scratch));
-      };
       // Rounded so that all parts together are all blocks, each once.
       const int64_t blocks = problem.batch * blocks_per_image(problem);
       for (int64_t block = blocks * part / args.parts; block < blocks * (part + 1) / args.parts; ++block)
-        for_each_token(problem, block, visit);
+        for_each_token(problem, block, [&](const Token& token) {
+          backward_token<Storage>(args, token, key_head, grad_rpb, head_stride, scratch);
+        });
     }
   }
 };
@@ -103,49 +115,58 @@ struct KeyOwner {
   using Acc = AccumulateType<Storage>;
 
   const Backward& args;
+  const int64_t head_dim;
+  const int64_t value_dim;
   Acc* key;  // scaled
   Acc* value;
   Acc* grad_key;
   Acc* grad_value;
+  Acc* query_row;
+  Acc* grad_row;
   Acc* weights;
 
-  static int64_t scratch_size(const Problem& problem) { return 2 * (problem.head_dim + problem.value_dim); }
+  static int64_t scratch_size(const Problem& problem) { return 3 * (problem.head_dim + problem.value_dim); }
 
-  KeyOwner(const Backward& args, void* scratch) : args(args) {
-    const Problem& problem = args.forward.problem;
-    key = static_cast<Acc*>(scratch);
-    value = key + problem.head_dim;
-    grad_key = value + problem.value_dim;
-    grad_value = grad_key + problem.head_dim;
-    weights = grad_value + problem.value_dim;
+  KeyOwner(const Backward& args, void* memory)
+      : args(args), head_dim(args.forward.problem.head_dim), value_dim(args.forward.problem.value_dim) {
+    Scratch<Acc> scratch(memory);
+    key = scratch.take(head_dim);
+    value = scratch.take(value_dim);
+    grad_key = scratch.take(head_dim);
+    grad_value = scratch.take(value_dim);
+    query_row = scratch.take(head_dim);
+    grad_row = scratch.take(value_dim);
+    weights = scratch.next;
   }
 
-  void load(const Storage* key_source, const Storage* value_source) {
-    const Problem& problem = args.forward.problem;
-    load_scaled(key_source, static_cast<Acc>(problem.scale), key, problem.head_dim);
-    load_scaled(value_source, Acc(1), value, problem.value_dim);
-    fill_zero(grad_key, problem.head_dim);
-    fill_zero(grad_value, problem.value_dim);
+  Acc scale() const { return static_cast<Acc>(args.forward.problem.scale); }
+
+  void load_key(const Storage* key_source, const Storage* value_source) {
+    load(key_source, key, head_dim);
+    multiply(scale(), key, head_dim);
+    load(value_source, value, value_dim);
+    fill_zero(grad_key, head_dim);
+    fill_zero(grad_value, value_dim);
   }
 
   // A score less the query's log-sum-exp, so that its exponential is the weight.
-  Acc centered_score(const Token& query, int64_t head) const {
-    return dot(at<Storage>(args.forward.query, query, head), key, args.forward.problem.head_dim) -
-           *at<Acc>(args.forward.logsumexp, query, head);
+  Acc centered_score(const Token& query, int64_t head) {
+    const Acc* wide = widened(at<Storage>(args.forward.query, query, head), query_row, head_dim);
+    return dot(wide, key, head_dim) - *at<Acc>(args.forward.logsumexp, query, head);
   }
 
   void add(const Token& query, int64_t head, Acc weight) {
-    const Problem& problem = args.forward.problem;
-    const Storage* grad_output = at<Storage>(args.grad_output, query, head);
-    const Acc grad = weight * (dot(grad_output, value, problem.value_dim) - *at<Acc>(args.delta, query, head));
-    add_scaled(grad, at<Storage>(args.forward.query, query, head), grad_key, problem.head_dim);
-    add_scaled(weight, grad_output, grad_value, problem.value_dim);
+    const Acc* wide_query = widened(at<Storage>(args.forward.query, query, head), query_row, head_dim);
+    const Acc* wide_grad = widened(at<Storage>(args.grad_output, query, head), grad_row, value_dim);
+    const Acc grad_score = weight * (dot(wide_grad, value, value_dim) - *at<Acc>(args.delta, query, head));
+    add_scaled(grad_score, wide_query, grad_key, head_dim);
+    add_scaled(weight, wide_grad, grad_value, value_dim);
   }
 
-  void store(Storage* key_target, Storage* value_target) const {
-    const Problem& problem = args.forward.problem;
-    store_scaled(grad_key, static_cast<Acc>(problem.scale), key_target, problem.head_dim);
-    store_scaled(grad_value, Acc(1), value_target, problem.value_dim);
+  void store_gradients(Storage* key_target, Storage* value_target) {
+    multiply(scale(), grad_key, head_dim);
+    store(grad_key, key_target, head_dim);
+    store(grad_value, value_target, value_dim);
   }
 };
 
@@ -154,10 +175,10 @@ void backward_key_value(const Backward& args, const Token& token, int64_t key_he
   using Acc = AccumulateType<Storage>;
   const Forward& forward = args.forward;
   const Problem& problem = forward.problem;
-  const int64_t group = problem.heads / problem.key_heads, dilation = problem.axes[2].dilation;
+  const int64_t group = group_size(problem), dilation = problem.axes[kAxes - 1].dilation;
   const Neighborhood near = neighborhood<Seek::kQueries>(problem, token);
   KeyOwner<Storage> owner(args, scratch);
-  owner.load(at<Storage>(forward.key, token, key_head), at<Storage>(forward.value, token, key_head));
+  owner.load_key(at<Storage>(forward.key, token, key_head), at<Storage>(forward.value, token, key_head));
   for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
     const Acc* rpb = static_cast<const Acc*>(forward.rpb);
     if (rpb) rpb += head * offsets(problem);
@@ -177,7 +198,7 @@ void backward_key_value(const Backward& args, const Token& token, int64_t key_he
       for (int64_t j = 0; j < run.count; ++j, query.index[2] += dilation) owner.add(query, head, *weight++);
     });
   }
-  owner.store(at<Storage>(args.grad_key, token, key_head), at<Storage>(args.grad_value, token, key_head));
+  owner.store_gradients(at<Storage>(args.grad_key, token, key_head), at<Storage>(args.grad_value, token, key_head));
 }
 
 template <class Storage>
@@ -189,7 +210,7 @@ struct GradKeyValuePass {
 
   static int64_t work(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    return block_tokens(problem) * most_found<Seek::kKeys>(problem) * (problem.heads / problem.key_heads) * 2 *
+    return block_tokens(problem) * most_found<Seek::kKeys>(problem) * group_size(problem) * 2 *
            (problem.head_dim + problem.value_dim);
   }
 
@@ -200,11 +221,10 @@ struct GradKeyValuePass {
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
-    const Problem& problem = args.forward.problem;
-    const auto visit = [&](const Token& token, int64_t key_head) {
-      backward_key_value<Storage>(args, token, key_head, scratch);
-    };
-    for (int64_t task = begin; task < end; ++task) for_each_token_and_head(problem, problem.key_heads, task, visit);
+    for (int64_t task = begin; task < end; ++task)
+      for_each_token_and_key_head(args.forward.problem, task, [&](const Token& token, int64_t key_head) {
+        backward_key_value<Storage>(args, token, key_head, scratch);
+      });
   }
 };
 
@@ -220,7 +240,7 @@ struct GradAdditionalPass {
 
   static int64_t work(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    return blocks_per_image(problem) * block_tokens(problem) * (problem.heads / problem.key_heads) * 2 *
+    return blocks_per_image(problem) * block_tokens(problem) * group_size(problem) * 2 *
            (problem.head_dim + problem.value_dim);
   }
 
@@ -231,19 +251,18 @@ struct GradAdditionalPass {
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
     const Forward& forward = args.forward;
     const Problem& problem = forward.problem;
-    const int64_t group = problem.heads / problem.key_heads;
+    const int64_t group = group_size(problem), blocks = blocks_per_image(problem);
     KeyOwner<Storage> owner(args, scratch);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_head = task / problem.additional % problem.key_heads;
       const Token extra = {task / problem.additional / problem.key_heads, {0, 0, task % problem.additional}};
-      owner.load(at<Storage>(forward.additional_keys, extra, key_head),
-                 at<Storage>(forward.additional_values, extra, key_head));
-      const int64_t blocks = blocks_per_image(problem);
+      owner.load_key(at<Storage>(forward.additional_keys, extra, key_head),
+                     at<Storage>(forward.additional_values, extra, key_head));
       for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
         for (int64_t block = extra.batch * blocks; block < (extra.batch + 1) * blocks; ++block)
           add_block(owner, block, head);
-      owner.store(at<Storage>(args.grad_additional_keys, extra, key_head),
-                  at<Storage>(args.grad_additional_values, extra, key_head));
+      owner.store_gradients(at<Storage>(args.grad_additional_keys, extra, key_head),
+                            at<Storage>(args.grad_additional_values, extra, key_head));
     }
   }
 

@@ -27,16 +27,22 @@ struct Capability {
   bool (*runs_here)();
 };
 
+#ifdef NATTEN2_X86_SETS
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
 // Plainest first.
 constexpr Capability kCapabilities[] = {
     {"baseline", baseline::kernels, [] { return true; }},
 #ifdef NATTEN2_X86_SETS
-    {"avx2", avx2::kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }},
+    // Every processor with AVX2 has F16C, for which some compilers have no name here.
+    {"avx2", avx2::kernels, has_avx2},
     {"avx512", avx512::kernels,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+       return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      }},
 #endif
 };

@@ -9,87 +9,130 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
+// The query heads that share a key head are done together, so that each key and value is loaded once for all of them.
+inline int64_t group_size(const Problem& problem) { return problem.heads / problem.key_heads; }
+
 // What a query sees: the keys of its window first, then the additional ones.
 inline int64_t most_slots(const Problem& problem) { return most_found<Seek::kKeys>(problem) + problem.additional; }
 
-// Writes the scores of every slot and returns how many there are; `query` is scaled.
-template <class Storage, class Acc>
-inline int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t head, const Acc* query, Acc* scores) {
+// Scratch memory, handed out piece by piece.
+template <class Acc>
+struct Scratch {
+  Acc* next;
+
+  explicit Scratch(void* memory) : next(static_cast<Acc*>(memory)) {}
+
+  Acc* take(int64_t size) {
+    Acc* piece = next;
+    next += size;
+    return piece;
+  }
+};
+
+// Visits every key that a query sees, with the slot it goes to, and the same tokens' values.
+template <class Storage, class Visit>
+inline int64_t for_each_slot(const Forward& args, const Neighborhood& near, int64_t key_head, Visit&& visit) {
   const Problem& problem = args.problem;
-  const int64_t key_head = head / (problem.heads / problem.key_heads);
-  const int64_t key_step = run_step(problem, args.key);
-  const Acc* rpb = static_cast<const Acc*>(args.rpb);
-  if (rpb) rpb += head * offsets(problem);
-  int64_t slots = 0;
+  const int64_t key_step = run_step(problem, args.key), value_step = run_step(problem, args.value);
+  int64_t slot = 0;
   for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
     const Storage* key = at<Storage>(args.key, run.first, key_head);
-    for (int64_t j = 0; j < run.count; ++j) scores[slots + j] = dot(key + j * key_step, query, problem.head_dim);
-    if (rpb)
-      for (int64_t j = 0; j < run.count; ++j) scores[slots + j] += rpb[run.bias + j];
-    slots += run.count;
+    const Storage* value = at<Storage>(args.value, run.first, key_head);
+    for (int64_t j = 0; j < run.count; ++j) visit(slot++, key + j * key_step, value + j * value_step);
   });
   for (int64_t n = 0; n < problem.additional; ++n) {
-    const Storage* key = at<Storage>(args.additional_keys, {near.token.batch, {0, 0, n}}, key_head);
-    scores[slots++] = dot(key, query, problem.head_dim);
+    const Token token = {near.token.batch, {0, 0, n}};
+    visit(slot++, at<Storage>(args.additional_keys, token, key_head),
+          at<Storage>(args.additional_values, token, key_head));
+  }
+  return slot;
+}
+
+// Writes the scaled queries `[group, head_dim]` and their scores `[group, most_slots]`; returns the number of slots.
+template <class Storage, class Acc>
+int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_head, Acc* query, Acc* scores, Acc* row) {
+  const Problem& problem = args.problem;
+  const int64_t group = group_size(problem), most = most_slots(problem);
+  for (int64_t g = 0; g < group; ++g) {
+    load(at<Storage>(args.query, near.token, key_head * group + g), query + g * problem.head_dim, problem.head_dim);
+    multiply(static_cast<Acc>(problem.scale), query + g * problem.head_dim, problem.head_dim);
+  }
+  const int64_t slots =
+      for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage* key, const Storage*) {
+        const Acc* wide = widened(key, row, problem.head_dim);
+        for (int64_t g = 0; g < group; ++g)
+          scores[g * most + slot] = dot(wide, query + g * problem.head_dim, problem.head_dim);
+      });
+  if (!args.rpb) return slots;
+  for (int64_t g = 0; g < group; ++g) {
+    const Acc* rpb = static_cast<const Acc*>(args.rpb) + (key_head * group + g) * offsets(problem);
+    Acc* score = scores + g * most;
+    for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
+      for (int64_t j = 0; j < run.count; ++j) *score++ += rpb[run.bias + j];
+    });
   }
   return slots;
 }
 
+// Turns scores into weights that sum to 1, and returns their log-sum-exp.
+template <class Acc>
+inline Acc softmax(Acc* scores, int64_t slots) {
+  const Acc most = maximum(scores, slots);
+  const Acc shift = std::isfinite(most) ? most : 0;
+  const Acc total = exponentiate(scores, shift, slots);
+  // Before the values are summed: their sum could overflow where their mean doesn't.
+  multiply(1 / total, scores, slots);
+  return shift + std::log(total);
+}
+
 template <class Storage>
-void forward_query(const Forward& args, const Token& token, int64_t head, AccumulateType<Storage>* scratch) {
+void forward_token(const Forward& args, const Token& token, int64_t key_head, void* memory) {
   using Acc = AccumulateType<Storage>;
   const Problem& problem = args.problem;
-  const int64_t key_head = head / (problem.heads / problem.key_heads);
-  Acc* query = scratch;
-  Acc* sum = query + problem.head_dim;
-  Acc* weights = sum + problem.value_dim;
+  const int64_t group = group_size(problem), most = most_slots(problem), value_dim = problem.value_dim;
+  Scratch<Acc> scratch(memory);
+  Acc* query = scratch.take(group * problem.head_dim);
+  Acc* sum = scratch.take(group * value_dim);
+  Acc* weights = scratch.take(group * most);
+  Acc* row = scratch.take(larger(problem.head_dim, value_dim));
 
-  load_scaled(at<Storage>(args.query, token, head), static_cast<Acc>(problem.scale), query, problem.head_dim);
   const Neighborhood near = neighborhood<Seek::kKeys>(problem, token);
-  const int64_t slots = score_keys<Storage>(args, near, head, query, weights);
-  const Acc most = maximum(weights, slots);
-  const Acc shift = std::isfinite(most) ? most : 0;
-  const Acc total = exponentiate(weights, shift, slots);
-  *at<Acc>(args.logsumexp, token, head) = shift + std::log(total);
-  // Before the values, whose sum could overflow where their mean doesn't.
-  load_scaled(weights, 1 / total, weights, slots);
+  const int64_t slots = score_keys<Storage>(args, near, key_head, query, weights, row);
+  for (int64_t g = 0; g < group; ++g)
+    *at<Acc>(args.logsumexp, token, key_head * group + g) = softmax(weights + g * most, slots);
 
-  fill_zero(sum, problem.value_dim);
-  const Acc* weight = weights;
-  const int64_t value_step = run_step(problem, args.value);
-  for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
-    const Storage* value = at<Storage>(args.value, run.first, key_head);
-    for (int64_t j = 0; j < run.count; ++j) add_scaled(*weight++, value + j * value_step, sum, problem.value_dim);
+  fill_zero(sum, group * value_dim);
+  for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage*, const Storage* value) {
+    const Acc* wide = widened(value, row, value_dim);
+    for (int64_t g = 0; g < group; ++g) add_scaled(weights[g * most + slot], wide, sum + g * value_dim, value_dim);
   });
-  for (int64_t n = 0; n < problem.additional; ++n) {
-    const Storage* value = at<Storage>(args.additional_values, {token.batch, {0, 0, n}}, key_head);
-    add_scaled(*weight++, value, sum, problem.value_dim);
-  }
-  store_scaled(sum, Acc(1), at<Storage>(args.output, token, head), problem.value_dim);
+  for (int64_t g = 0; g < group; ++g)
+    store(sum + g * value_dim, at<Storage>(args.output, token, key_head * group + g), value_dim);
 }
 
 template <class Storage>
 struct ForwardPass {
   static int64_t count(const Forward& args) {
-    return args.problem.batch * args.problem.heads * blocks_per_image(args.problem);
+    return args.problem.batch * args.problem.key_heads * blocks_per_image(args.problem);
   }
 
   static int64_t work(const Forward& args) {
     const Problem& problem = args.problem;
-    return block_tokens(problem) * most_slots(problem) * (problem.head_dim + problem.value_dim);
+    return block_tokens(problem) * most_slots(problem) * group_size(problem) * (problem.head_dim + problem.value_dim);
   }
 
   static int64_t scratch_bytes(const Forward& args) {
     const Problem& problem = args.problem;
-    return (problem.head_dim + problem.value_dim + most_slots(problem)) * sizeof(AccumulateType<Storage>);
+    const int64_t per_head = problem.head_dim + problem.value_dim + most_slots(problem);
+    const int64_t row = larger(problem.head_dim, problem.value_dim);
+    return (group_size(problem) * per_head + row) * sizeof(AccumulateType<Storage>);
   }
 
   static void run(const Forward& args, int64_t begin, int64_t end, void* scratch) {
-    const auto visit = [&](const Token& token, int64_t head) {
-      forward_query<Storage>(args, token, head, static_cast<AccumulateType<Storage>*>(scratch));
-    };
     for (int64_t task = begin; task < end; ++task)
-      for_each_token_and_head(args.problem, args.problem.heads, task, visit);
+      for_each_token_and_key_head(args.problem, task, [&](const Token& token, int64_t key_head) {
+        forward_token<Storage>(args, token, key_head, scratch);
+      });
   }
 };
 

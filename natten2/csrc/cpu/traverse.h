@@ -45,12 +45,13 @@ inline void for_each_token(const Problem& problem, int64_t block, Visit&& visit)
   for (; token.index[2] < last; ++token.index[2]) visit(token);
 }
 
-// A task is a block of one head. The blocks of a head in an image stand together, since what they read overlaps.
+// A task is a block of one key head. The blocks of a key head in an image stand together, since what they read
+// overlaps.
 template <class Visit>
-inline void for_each_token_and_head(const Problem& problem, int64_t heads, int64_t task, Visit&& visit) {
+inline void for_each_token_and_key_head(const Problem& problem, int64_t task, Visit&& visit) {
   const int64_t blocks = blocks_per_image(problem);
-  const int64_t batch = task / blocks / heads, head = task / blocks % heads;
-  for_each_token(problem, batch * blocks + task % blocks, [&](const Token& token) { visit(token, head); });
+  const int64_t batch = task / blocks / problem.key_heads, key_head = task / blocks % problem.key_heads;
+  for_each_token(problem, batch * blocks + task % blocks, [&](const Token& token) { visit(token, key_head); });
 }
 
 inline int64_t bias_entries(const Axis& axis) { return 2 * axis.kernel_size - 1; }

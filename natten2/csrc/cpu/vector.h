@@ -3,24 +3,40 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "scalar.h"
 
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
-template <class Storage, class Acc>
-inline Acc dot(const Storage* x, const Acc* y, int64_t n) {
+// Shorter rows than this aren't worth the set-up of a vector loop.
+constexpr int64_t kShort = 4;
+
+template <class Acc>
+inline Acc dot(const Acc* x, const Acc* y, int64_t n) {
   Acc sum = 0;
+  if (n < kShort) {
+    for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+    return sum;
+  }
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += widen(x[i]) * y[i];
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
 
-template <class Storage, class Acc>
-inline void add_scaled(Acc factor, const Storage* x, Acc* sum, int64_t n) {
+template <class Acc>
+inline void add_scaled(Acc factor, const Acc* x, Acc* sum, int64_t n) {
+  if (n < kShort) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += factor * x[i];
+    return;
+  }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += factor * widen(x[i]);
+  for (int64_t i = 0; i < n; ++i) sum[i] += factor * x[i];
 }
 
 template <class Acc>
@@ -28,16 +44,48 @@ inline void fill_zero(Acc* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = 0;
 }
 
-template <class Storage, class Acc>
-inline void load_scaled(const Storage* x, Acc factor, Acc* out, int64_t n) {
+template <class Acc>
+inline void multiply(Acc factor, Acc* x, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]) * factor;
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
 template <class Storage, class Acc>
-inline void store_scaled(const Acc* x, Acc factor, Storage* out, int64_t n) {
+inline void load(const Storage* x, Acc* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(x[i] * factor);
+  for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
+
+#ifdef __F16C__
+// The compiler doesn't find these instructions. Stores are as wide as the loads that follow, so that they are
+// forwarded.
+inline void load(const Half* x, float* out, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512F__
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+#endif
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+  for (; i < n; ++i) out[i] = _cvtsh_ss(x[i].bits);
+}
+#endif
+
+// The row itself where it is stored in the accumulation type, else a widened copy in `scratch`.
+template <class Storage, class Acc>
+inline const Acc* widened(const Storage* x, Acc* scratch, int64_t n) {
+  if constexpr (std::is_same_v<Storage, Acc>) {
+    return x;
+  } else {
+    load(x, scratch, n);
+    return scratch;
+  }
+}
+
+template <class Storage, class Acc>
+inline void store(const Acc* x, Storage* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(x[i]);
 }
 
 // e^x within 2 units in the last place, also where the result is subnormal; 0 and infinity beyond, NaN for NaN.

@@ -1,0 +1,145 @@
+"""The shapes that are measured. A new one is one line in `CASES`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["CASES", "NAT_TINY", "Case", "Inputs", "Parameters", "make_inputs"]
+
+T = TypeVar("T", int, bool)
+
+
+class Parameters(NamedTuple):
+    """The parameters of `natten2::na_forward`, one entry per axis."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    scale: float
+
+
+class Inputs(NamedTuple):
+    """The tensors of one case; absent ones are `None`."""
+
+    query: Tensor  # [B, *S, H, D]
+    key: Tensor  # [B, *S, Hkv, D]
+    value: Tensor  # [B, *S, Hkv, D]
+    rpb: Tensor | None  # [H, 2 * k - 1 for each axis]
+    additional_keys: Tensor | None  # [B, N, Hkv, D]
+    additional_values: Tensor | None  # [B, N, Hkv, D]
+    grad_output: Tensor  # [B, *S, H, D]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensor arguments of `natten2::na_forward`."""
+        return self[:-1]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that gradients are taken of."""
+        return [tensor for tensor in self.tensors if tensor is not None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of neighborhood attention; a parameter of the window is one value for all axes, or one per axis.
+
+    Attributes:
+        spatial: Lengths of the axes.
+        key_heads: Heads of keys and values; as many as `heads` when `None`.
+        additional: Number of additional keys and values.
+    """
+
+    name: str
+    spatial: tuple[int, ...]
+    kernel_size: int | tuple[int, ...]
+    heads: int = 2
+    head_dim: int = 32
+    batch: int = 1
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    is_causal: bool | tuple[bool, ...] = False
+    key_heads: int | None = None
+    bias: bool = False
+    additional: int = 0
+
+    @property
+    def parameters(self) -> Parameters:
+        rank = len(self.spatial)
+        return Parameters(
+            _per_axis(self.kernel_size, rank),
+            _per_axis(self.stride, rank),
+            _per_axis(self.dilation, rank),
+            _per_axis(self.is_causal, rank),
+            self.head_dim**-0.5,
+        )
+
+    def as_blocks(self) -> Case:
+        """The same tensors, attended to in adjacent blocks instead of one window per query."""
+        return replace(self, stride=self.kernel_size, dilation=1)
+
+
+# NAT-Tiny's four levels for images of 224 x 224 (arXiv 2204.07143, table 1).
+NAT_TINY = (
+    Case("nat-tiny-1", (56, 56), 7, heads=2, bias=True),
+    Case("nat-tiny-2", (28, 28), 7, heads=4, bias=True),
+    Case("nat-tiny-3", (14, 14), 7, heads=8, bias=True),
+    Case("nat-tiny-4", (7, 7), 7, heads=16, bias=True),
+)
+
+# DiNAT-Tiny's dilated layers (arXiv 2209.15001), other ranks, then corners where a gather could win: little to compute
+# per byte, few tokens, channels that fill no vector, heads or windows large enough for matrix products.
+CASES = (
+    *NAT_TINY,
+    Case("nat-tiny-3-batch", (14, 14), 7, heads=8, batch=8, bias=True),
+    Case("dinat-tiny-1", (56, 56), 7, heads=2, dilation=8, bias=True),
+    Case("dinat-tiny-2", (28, 28), 7, heads=4, dilation=4, bias=True),
+    Case("dinat-tiny-3", (14, 14), 7, heads=8, dilation=2, bias=True),
+    Case("sequence", (2048,), 127),
+    Case("sequence-causal", (2048,), 128, is_causal=True),
+    Case("video", (8, 14, 14), (3, 7, 7)),
+    Case("video-one-frame", (1, 28, 28), (1, 7, 7), bias=True),
+    Case("window-1", (28, 28), 1, heads=4),
+    Case("window-1-wide", (1024,), 1, heads=1, head_dim=256),
+    Case("window-3", (56, 56), 3, heads=2, bias=True),
+    Case("window-whole", (14, 14), 14, heads=2),
+    Case("stride-4", (32, 32), 8, stride=4),
+    Case("head-dim-1", (28, 28), 7, heads=4, head_dim=1, bias=True),
+    Case("head-dim-3", (28, 28), 7, heads=4, head_dim=3, bias=True),
+    Case("head-dim-128", (28, 28), 7, heads=1, head_dim=128, bias=True),
+    Case("shared-keys", (28, 28), 7, heads=8, key_heads=1),
+    Case("additional-keys", (28, 28), 7, heads=4, additional=16),
+    Case("small", (8, 8), 3, heads=1, head_dim=8),
+)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, *, requires_grad: bool = False) -> Inputs:
+    """Contiguous tensors from the standard normal distribution, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_(requires_grad)
+
+    key_heads = case.key_heads or case.heads
+    grid, channels = (case.batch, *case.spatial), case.head_dim
+    offsets = [2 * kernel_size - 1 for kernel_size in case.parameters.kernel_size]
+    additional = (case.batch, case.additional, key_heads, channels)
+    return Inputs(
+        query=normal(*grid, case.heads, channels),
+        key=normal(*grid, key_heads, channels),
+        value=normal(*grid, key_heads, channels),
+        rpb=normal(case.heads, *offsets) if case.bias else None,
+        additional_keys=normal(*additional) if case.additional else None,
+        additional_values=normal(*additional) if case.additional else None,
+        grad_output=normal(*grid, case.heads, channels).detach(),
+    )
+
+
+def _per_axis(value: T | Sequence[T], rank: int) -> tuple[T, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,) * rank

@@ -1,0 +1,1 @@
+"""Small, complete programs: `python -m examples.NAME`."""

@@ -1,0 +1,215 @@
+"""Timing, the baselines, and the command: benchmarks/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("tqdm")
+
+from benchmarks.__main__ import main
+from benchmarks.baselines import swin_attention
+from benchmarks.cases import CASES, Case, Inputs, make_inputs
+from benchmarks.compare import WrongResultError, check, compare
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation
+from benchmarks.timing import Settings, interleave, ratio, sample, threads
+
+
+class FakeClock:
+    """Time passes only inside the functions that it makes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def function(self, durations: Iterator[float]) -> Callable[[], None]:
+        def run() -> None:
+            self.now += next(durations)
+
+        return run
+
+
+def test_sample_repeats_until_the_shortest_sample_is_reached():
+    clock = FakeClock()
+    assert sample(clock.function(iter([1.0, 2.0, 3.0, 100.0])), min_seconds=5.0, clock=clock) == 2.0
+
+
+def test_sample_calls_a_slow_function_once():
+    clock = FakeClock()
+    assert sample(clock.function(iter([7.0])), min_seconds=0.0, clock=clock) == 7.0
+
+
+def test_interleave_takes_turns_after_the_warmups():
+    order = []
+    clock = FakeClock()
+    tick = clock.function(iter(lambda: 1.0, None))
+
+    def named(name: str):
+        return lambda: (order.append(name), tick())
+
+    samples = interleave({"a": named("a"), "b": named("b")}, Settings(rounds=3, warmups=2, min_seconds=1.0), clock)
+    assert order == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert samples == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_ratio_is_taken_per_round():
+    # The second round is disturbed, then the machine slows down fourfold: the ratio of the medians would be 8.
+    clock = FakeClock()
+    settings = Settings(rounds=3, warmups=0, min_seconds=0.0)
+    samples = interleave(
+        {"ours": clock.function(iter([1.0, 1.0, 4.0])), "other": clock.function(iter([2.0, 8.0, 8.0]))},
+        settings,
+        clock,
+    )
+    assert ratio(samples["other"], samples["ours"]) == 2.0
+    assert ratio(samples["ours"], samples["other"]) == 0.5
+
+
+def test_settings_without_rounds_are_an_error():
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        Settings(rounds=0)
+
+
+def test_threads_are_set_back_after_an_error():
+    before = torch.get_num_threads()
+    inside = []
+
+    def fail() -> None:
+        with threads(before + 1):
+            inside.append(torch.get_num_threads())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def dense_block_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, window: int, scale: float) -> Tensor:
+    """Attention of all tokens to all, with everything outside a query's block masked; a bias looked up pair by pair."""
+    height, width, heads = query.shape[1:4]
+    tokens = [(row, column) for row in range(height) for column in range(width)]
+    bias = torch.full((heads, len(tokens), len(tokens)), -torch.inf, dtype=query.dtype)
+    for i, (row, column) in enumerate(tokens):
+        for j, (key_row, key_column) in enumerate(tokens):
+            if row // window == key_row // window and column // window == key_column // window:
+                bias[:, i, j] = rpb[:, key_row - row + window - 1, key_column - column + window - 1]
+    query, key, value = (tensor.flatten(1, 2) for tensor in (query, key, value))
+    weights = (scale * torch.einsum("bihd,bjhd->bhij", query, key) + bias).softmax(dim=-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, value).unflatten(1, (height, width))
+
+
+def test_swin_equals_dense_attention_with_a_block_mask():
+    inputs = make_inputs(
+        Case("", (6, 9), 3, heads=2, head_dim=4, batch=2, bias=True), torch.float64, requires_grad=True
+    )
+    tensors = inputs.leaves
+    scale = 0.3
+    output = swin_attention(*tensors, window=3, scale=scale)
+    expected = dense_block_attention(*tensors, window=3, scale=scale)
+    torch.testing.assert_close(output, expected)
+    for gradients in zip(
+        torch.autograd.grad(output, tensors, inputs.grad_output),
+        torch.autograd.grad(expected, tensors, inputs.grad_output),
+        strict=True,
+    ):
+        torch.testing.assert_close(*gradients)
+
+
+def test_swin_without_a_bias_has_a_bias_of_zero():
+    inputs = make_inputs(Case("", (6, 6), 3, heads=2, head_dim=4), torch.float64)
+    query, key, value = inputs.leaves
+    zeros = torch.zeros(2, 5, 5, dtype=torch.float64)
+    output = swin_attention(query, key, value, None, window=3, scale=0.5)
+    torch.testing.assert_close(output, dense_block_attention(query, key, value, zeros, window=3, scale=0.5))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_swin_applies_where_its_blocks_fit(case: Case):
+    fits = len(case.spatial) == 2 and len(set(case.parameters.kernel_size)) == 1
+    fits = fits and all(length % case.parameters.kernel_size[0] == 0 for length in case.spatial)
+    fits = fits and case.kernel_size != 1 and case.key_heads is None and case.additional == 0
+    assert (IMPLEMENTATIONS["swin"].meaning(case) is not None) == fits
+
+
+def test_case_names_differ():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("wrong", [1.001, torch.nan])
+def test_check_finds_a_wrong_gradient(wrong: float):
+    right = torch.ones(3, 4, dtype=torch.float64)
+    check("same", [right, right], [right, right], 1e-6)
+    with pytest.raises(WrongResultError, match=r"other in torch\.float64: relative error of the gradient 1"):
+        check("other", [right, wrong * right], [right, right], 1e-6)
+
+
+def test_compare_never_times_a_wrong_implementation(monkeypatch: pytest.MonkeyPatch):
+    calls = count()
+
+    def wrong(case: Case, inputs: Inputs) -> Tensor:
+        next(calls)
+        return inputs.query * 1.0
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Implementation(wrong, lambda case: case))
+    small = next(case for case in CASES if case.name == "small")
+    with pytest.raises(WrongResultError, match="wrong on small"):
+        compare([small], ["float32"], ["fwd"], Settings(rounds=1, warmups=0, min_seconds=0.0))
+    assert next(calls) == 1
+
+
+def test_cpu_writes_every_number_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "new" / "cpu.json"
+    main(["cpu", "--quick", "--case", "small", "nat-tiny-4", "--dtype", "float32", "bfloat16", "--json", str(path)])
+    content = json.loads(path.read_text())
+    assert {"processor", "torch", "natten2", "natten2_cpu_capability"} <= content["machine"].keys()
+    assert content["settings"] == {
+        "rounds": 3,
+        "warmups": 1,
+        "min_seconds": 0.002,
+        "threads": 1,
+        "clock": "process_time",
+    }
+    measured = [(record["case"], record["dtype"], record["mode"]) for record in content["records"]]
+    assert measured == [
+        (case, dtype, mode)
+        for case in ("nat-tiny-4", "small")
+        for dtype in ("float32", "bfloat16")
+        for mode in ("fwd", "fwdbwd")
+    ]
+    for record in content["records"]:
+        rivals = {"gather", "swin"} if record["case"] == "nat-tiny-4" else {"gather"}
+        assert record["ratio"].keys() == rivals
+        assert record["median_ms"].keys() == record["min_ms"].keys() == {"natten2", *rivals}
+        assert all(0 < record["min_ms"][name] <= record["median_ms"][name] for name in record["median_ms"])
+
+    printed = capsys.readouterr().out
+    assert printed.count("nat-tiny-4 ") == 4
+    assert "gather takes" in printed
+    assert "swin takes" in printed
+
+
+def test_a_wrong_result_ends_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, "gather", Implementation(lambda case, inputs: 2 * inputs.value, lambda case: case)
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        main(["cpu", "--quick", "--case", "small", "--dtype", "float32"])
+    assert exit_info.value.code == 1
+    assert "error: gather on small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_options_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["cpu", option, "0"])
+    assert exit_info.value.code == 2
+    assert "must be at least 1, got 0" in capsys.readouterr().err
