@@ -9,7 +9,16 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-__all__ = ["check_heads", "check_integer", "check_probability", "check_real", "check_tensor", "flags", "integers"]
+__all__ = [
+    "check_heads",
+    "check_integer",
+    "check_probability",
+    "check_real",
+    "check_tensor",
+    "flags",
+    "integers",
+    "is_real",
+]
 
 _MAX_INT = torch.iinfo(torch.int64).max
 
@@ -17,24 +26,26 @@ _MAX_INT = torch.iinfo(torch.int64).max
 def check_tensor(name: str, tensor: object, *, optional: bool = False) -> None:
     if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}")
+    if tensor is not None and tensor.is_nested:
+        raise NotImplementedError(f"{name} must be a dense, strided tensor, got a nested one")
 
 
 def integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One integer per axis; the operator checks their values."""
-    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
+    values = _per_axis(value, rank)
     if len(values) != rank:
         raise ValueError(f"{name} must be one integer or {rank} of them, got {value}")
-    if any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in values):
+    if not all(_is_integer(entry) for entry in values):
         raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
     indices = tuple(operator.index(entry) for entry in values)
-    if any(abs(index) > _MAX_INT for index in indices):
+    if not all(-_MAX_INT <= index <= _MAX_INT for index in indices):
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
     return indices
 
 
 def flags(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
     """One bool per axis."""
-    values = (value,) * rank if not isinstance(value, Sequence) else tuple(value)
+    values = _per_axis(value, rank)
     if len(values) != rank:
         raise ValueError(f"{name} must be one bool or {rank} of them, got {value}")
     if not all(isinstance(entry, bool) for entry in values):
@@ -50,15 +61,29 @@ def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
 
 
 def check_integer(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_real(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_real(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def is_real(value: object) -> bool:
+    """Whether a value is a real number, of Python's, of numpy's, or of the compiler's."""
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _per_axis(value: object, rank: int) -> tuple[object, ...]:
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return tuple(value) if is_sequence else (value,) * rank
 
 
 def check_probability(name: str, value: float) -> None:

@@ -68,5 +68,5 @@ def set_cpu_capability(name: str) -> None:
         raise ValueError(f"the CPU capability must be one of {', '.join(cpu_capabilities())}, got {name!r}")
 
 
-if "NATTEN2_CPU_CAPABILITY" in os.environ:
+if os.environ.get("NATTEN2_CPU_CAPABILITY"):
     set_cpu_capability(os.environ["NATTEN2_CPU_CAPABILITY"])

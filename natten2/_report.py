@@ -40,7 +40,7 @@ def _table(entries: dict[str, str]) -> list[str]:
 
 
 def _cpu_kernels() -> str:
-    reason = ", as NATTEN2_CPU_CAPABILITY asks" if "NATTEN2_CPU_CAPABILITY" in os.environ else ""
+    reason = ", as NATTEN2_CPU_CAPABILITY asks" if os.environ.get("NATTEN2_CPU_CAPABILITY") else ""
     return f"{', '.join(_extension.cpu_capabilities())} can run here; chosen: {_extension.cpu_capability()}{reason}"
 
 

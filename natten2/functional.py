@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natten2._arguments import check_tensor, flags, integers
+from natten2._arguments import check_tensor, flags, integers, is_real
 from natten2.ops.composite import default_scale
 from natten2.ops.schemas import na_forward
 
@@ -178,11 +178,16 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     for name, tensors in (("outputs", outputs), ("lses", lses)):
         for index, tensor in enumerate(tensors):
             check_tensor(f"{name}[{index}]", tensor)
+    if outputs[0].dim() == 0:
+        raise ValueError(f"outputs must have shape [..., D], got {tuple(outputs[0].shape)}")
     _check_alike("outputs", outputs, outputs[0].shape)
     _check_alike("lses", lses, outputs[0].shape[:-1])
     stacked = torch.stack(lses)
     weights = stacked.softmax(dim=0).unsqueeze(-1)
-    merged = sum(weight * output for weight, output in zip(weights.unbind(0), outputs, strict=True))
+    # The output over an empty set is 0 / 0, which no weight of zero would undo.
+    merged = sum(
+        weight * torch.where(weight > 0, output, 0) for weight, output in zip(weights.unbind(0), outputs, strict=True)
+    )
     return merged.to(outputs[0].dtype), stacked.logsumexp(dim=0)
 
 
@@ -194,6 +199,13 @@ def _check_alike(name: str, tensors: list[Tensor], shape: torch.Size) -> None:
             raise ValueError(f"{name} must share one device, got {tensors[0].device} and {tensor.device}")
         if tensor.dtype != tensors[0].dtype or not tensor.is_floating_point():
             raise TypeError(f"{name} must share one floating-point dtype, got {tensors[0].dtype} and {tensor.dtype}")
+
+
+def _finite(scale: float) -> float:
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError(f"scale must be finite, got {scale}") from None
 
 
 def _neighborhood_attention(
@@ -221,7 +233,7 @@ def _neighborhood_attention(
         check_tensor(name, tensor, optional=True)
     if scale is None:
         scale = default_scale(query)
-    elif isinstance(scale, Tensor | bool) or not hasattr(scale, "__float__"):
+    elif not is_real(scale):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     output, logsumexp = na_forward(
         query,
@@ -234,6 +246,6 @@ def _neighborhood_attention(
         integers("stride", stride, rank),
         integers("dilation", dilation, rank),
         flags("is_causal", is_causal, rank),
-        float(scale),
+        _finite(scale),
     )
     return (output, logsumexp) if return_lse else output

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from natten2._arguments import check_heads, check_probability, check_real, flags, integers
+from natten2._arguments import check_heads, check_probability, check_real, check_tensor, flags, integers
 from natten2.functional import na1d, na2d, na3d
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -56,6 +56,7 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_tensor("input", input)
         if input.dim() != len(self._axes) + 2 or input.shape[-1] != self.embed_dim:
             axes = ", ".join(self._axes)
             raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")

@@ -160,6 +160,31 @@ def test_compiled_autocast_is_eager_autocast():
     torch.testing.assert_close(compiled, run(x), rtol=0.02, atol=0.02)
 
 
+def test_symbolic_parameters_break_no_graph():
+    query = torch.randn(1, 9, 2, 4)
+    scaled = torch.compile(lambda x, s: natten2.na1d(x, x, x, 3, scale=s), fullgraph=True, backend="aot_eager")
+    for scale in (0.2, 0.3, 1):
+        torch.testing.assert_close(scaled(query, scale), natten2.na1d(query, query, query, 3, scale=scale))
+    sized = torch.compile(lambda x, k: natten2.na1d(x, x, x, k), fullgraph=True, backend="aot_eager")
+    for kernel_size in (3, 4, 5):
+        torch.testing.assert_close(sized(query, kernel_size), natten2.na1d(query, query, query, kernel_size))
+    whole = torch.compile(
+        lambda x: natten2.na1d(x, x, x, x.shape[1], scale=1 / x.shape[1]),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    torch.testing.assert_close(whole(query), natten2.na1d(query, query, query, 9, scale=1 / 9))
+
+
+def test_compiled_autograd_of_an_eager_forward():
+    query = torch.randn(1, 6, 2, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(natten2.na1d(query, query, query, 3).square().sum(), query)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        natten2.na1d(query, query, query, 3).square().sum().backward()
+    torch.testing.assert_close(query.grad, expected)
+
+
 def test_compiled_gradient_of_the_log_sum_exp():
     problem = random_problem((6, 5), (3, 3), bias=True, additional=1)
 

@@ -176,7 +176,8 @@ def test_merging_windows_with_additional_keys_is_one_softmax():
 
 
 def test_merging_keeps_low_precision_outputs_and_ignores_empty_sets():
-    outputs = [torch.tensor([[1.0]]).bfloat16(), torch.tensor([[5.0]]).bfloat16()]
-    merged, lse = natten2.merge_attentions(outputs, [torch.tensor([0.5]), torch.tensor([-torch.inf])])
-    assert merged.dtype == torch.bfloat16
-    assert (merged.item(), lse.item()) == (1.0, 0.5)
+    for empty in (5.0, torch.nan):
+        outputs = [torch.tensor([[1.0]]).bfloat16(), torch.tensor([[empty]]).bfloat16()]
+        merged, lse = natten2.merge_attentions(outputs, [torch.tensor([0.5]), torch.tensor([-torch.inf])])
+        assert merged.dtype == torch.bfloat16
+        assert (merged.item(), lse.item()) == (1.0, 0.5)

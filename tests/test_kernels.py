@@ -1,6 +1,7 @@
 """Every kernel against the golden file, and against dense attention on inputs that nobody picked."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -140,6 +141,39 @@ def test_a_window_of_the_whole_axis_is_full_attention(spatial: tuple[int, ...], 
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     output, _ = na_forward(*problem.tensors, *problem.parameters)
     torch.testing.assert_close(output.flatten(1, len(spatial)).transpose(1, 2), expected)
+
+
+def test_long_sums_stay_accurate(capability: str):
+    # Sums of numbers of one sign show every rounding error; both windows and additional keys make long ones.
+    problem = random_problem((40, 40), (40, 40), batch=1, heads=1, additional=3000, bias=True)
+    positive = replace(problem, tensors=tuple(x.abs() for x in problem.tensors), grad_output=problem.grad_output.abs())
+    results, grads = run(positive.to(torch.float32))
+    expected, expected_grads = run(positive.to(torch.float32).to(torch.float64))
+    for result, wanted in zip(results, expected, strict=True):
+        assert relative_error(result, wanted) <= FORWARD_TOLERANCE[torch.float32]
+    for name, grad, wanted in zip(INPUTS, grads, expected_grads, strict=True):
+        assert relative_error(grad, wanted) <= BACKWARD_TOLERANCE[torch.float32], name
+
+
+def test_products_are_scaled_after_they_are_summed(capability: str):
+    # The other way, the query would overflow.
+    query, key, value = (
+        torch.full((1, 2, 1, 1), 1e38),
+        torch.tensor([0.0, 1e-38]).reshape(1, 2, 1, 1),
+        torch.ones(1, 2, 1, 1),
+    )
+    _, logsumexp = na_forward(query, key, value, None, None, None, (2,), (1,), (1,), (False,), 10.0)
+    torch.testing.assert_close(logsumexp.flatten(), torch.tensor([0.0, 10.0]).logsumexp(0).expand(2))
+
+
+def test_an_empty_batch_costs_nothing(capability: str):
+    tensors = [torch.empty(0, 2**33, 1, 1, requires_grad=True) for _ in range(3)]
+    rpb = torch.ones(1, 5, requires_grad=True)
+    output, logsumexp = na_forward(*tensors, None, None, None, (2**33,), (1,), (1,), (False,), 1.0)
+    (output.sum() + logsumexp.sum()).backward()
+    assert all(tensor.grad.shape == tensor.shape for tensor in tensors)
+    na_forward(*tensors, rpb, None, None, (3,), (1,), (1,), (False,), 1.0)[0].sum().backward()
+    assert torch.equal(rpb.grad, torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -208,8 +209,17 @@ BAD = {
     "additional keys without a token axis": Bad(
         {"additional_keys": torch.randn(2, 2, 8)}, ValueError, r"additional_keys must have shape"
     ),
-    "NaN scale": Bad({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    "infinite scale": Bad({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "more additional keys than there is memory": Bad(
+        {
+            "additional_keys": torch.randn(2, 1, 2, 8).expand(2, 2**50, 2, 8),
+            "additional_values": torch.randn(2, 1, 2, 3).expand(2, 2**50, 2, 3),
+        },
+        ValueError,
+        "additional_keys must have at most 1099511627776 tokens, got 1125899906842624",
+    ),
+    "scale beyond float32": Bad({"scale": 1e39}, ValueError, "scale must be finite in torch.float32, got 1e\\+39"),
+    "NaN scale": Bad({"scale": float("nan")}, ValueError, "scale must be finite in torch.float32, got nan"),
+    "infinite scale": Bad({"scale": float("inf")}, ValueError, "scale must be finite in torch.float32, got inf"),
 }
 
 BAD_LENGTHS = {
@@ -312,7 +322,7 @@ def test_bad_lengths_raise(name: str, call: Callable):
         call(arguments(bad.change))
 
 
-NOT_FOR_THE_KERNEL = {"sparse", "sparse key", "mkldnn", "NaN scale", "infinite scale"}
+NOT_FOR_THE_KERNEL = {"sparse", "sparse key", "mkldnn", "NaN scale", "infinite scale", "scale beyond float32"}
 
 
 @pytest.mark.parametrize("name", [name for name in {**BAD, **BAD_LENGTHS} if name not in NOT_FOR_THE_KERNEL])
@@ -383,11 +393,16 @@ BAD_CALLS = {
     "kernel_size is text": ({"kernel_size": "77"}, TypeError, "kernel_size must be an integer"),
     "kernel_size is None": ({"kernel_size": None}, TypeError, "kernel_size must be an integer"),
     "kernel_size is astronomical": ({"kernel_size": 10**30}, ValueError, "kernel_size must fit in 64 bits"),
+    "kernel_size is a tensor": ({"kernel_size": torch.tensor([3, 3])}, TypeError, "kernel_size must be an integer"),
+    "kernel_size is an array": ({"kernel_size": np.array([3, 3])}, TypeError, "kernel_size must be an integer"),
+    "kernel_size is bytes": ({"kernel_size": b"\x03\x03"}, TypeError, "kernel_size must be an integer"),
     "stride has a float": ({"stride": [1, 1.5]}, TypeError, "stride must be an integer"),
     "dilation is missing an axis": ({"dilation": (1, 1, 1)}, ValueError, "dilation must be one integer or 2 of them"),
     "is_causal is an integer": ({"is_causal": 1}, TypeError, "is_causal must be a bool or a sequence of bools, got 1"),
     "is_causal is missing an axis": ({"is_causal": [True]}, ValueError, "is_causal must be one bool or 2 of them"),
     "scale is a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a float or None, got Tensor"),
+    "scale is astronomical": ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
+    "scale is complex": ({"scale": np.complex64(1)}, TypeError, "scale must be a float or None, got complex64"),
     "scale is text": ({"scale": "1"}, TypeError, "scale must be a float or None, got str"),
     "scale is a bool": ({"scale": True}, TypeError, "scale must be a float or None, got bool"),
 }
@@ -400,10 +415,30 @@ def test_bad_arguments_of_the_functions_raise(name: str):
         call_face(arguments(change))
 
 
-def test_nested_tensors_are_not_supported_yet():
-    nested = torch.nested.nested_tensor([torch.randn(3, 1, 2), torch.randn(4, 1, 2)])
-    with pytest.raises(NotImplementedError):
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_not_supported_yet(layout: torch.layout):
+    nested = torch.nested.nested_tensor([torch.randn(3, 1, 2), torch.randn(4, 1, 2)], layout=layout)
+    with pytest.raises(NotImplementedError, match="query must be a dense, strided tensor, got a nested one"):
         natten2.na1d(nested, nested, nested, 3)
+
+
+def test_memory_that_was_freed_is_not_read():
+    query, key = torch.randn(1, 4, 1, 2), torch.randn(1, 4, 1, 2)
+    key.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="key has no memory"):
+        natten2.na1d(query, key, query, 3)
+
+
+def test_running_out_of_memory_says_so_and_leaves_the_process_usable():
+    query = torch.randn(1, 1, 1, 1, 64)
+    with pytest.raises(
+        RuntimeError, match=r"can't allocate memory for a tensor of shape \[1, 16777216, 16384, 1, 64\]"
+    ):
+        natten2.na2d(*(query.expand(1, 2**24, 2**14, 1, 64),) * 3, 3)
+    extra = query[0].expand(1, 2**39, 1, 64)
+    with pytest.raises(RuntimeError, match=r"can.t allocate \d+ bytes of memory"):
+        natten2.na1d(query[0], query[0], query[0], 1, additional_keys=extra, additional_values=extra)
+    assert natten2.na1d(query[0], query[0], query[0], 1).shape == (1, 1, 1, 64)
 
 
 def test_quantized_tensors_are_not_supported():
@@ -455,6 +490,7 @@ MERGE_ERRORS = {
         "outputs must share one device, got cpu and meta",
     ),
     "integers": ([torch.ones(2, 3).int()], [torch.ones(2)], TypeError, "outputs must share one floating-point dtype"),
+    "numbers": ([torch.tensor(1.0)], [torch.tensor(1.0)], ValueError, r"outputs must have shape \[\.\.\., D\]"),
     "no tensor": ([torch.ones(2, 3)], [1.0], TypeError, r"lses\[0\] must be a torch.Tensor, got float"),
     "an output that is no tensor": (
         [1.0],

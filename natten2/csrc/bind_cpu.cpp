@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -49,11 +51,26 @@ void require_tensor(const Tensor& tensor, const char* name, ScalarType type, con
   require(tensor.is_cpu(), name, "must be on the CPU");
   require(tensor.scalar_type() == type, name, "has the wrong dtype");
   require(shape(tensor) == expected, name, "has the wrong shape");
+  require(tensor.numel() == 0 || tensor.data_ptr() != nullptr, name, "has no memory");
 }
 
 void require_channels(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
   require(tensor.stride(last) == 1 || tensor.size(last) == 1, name, "must have a contiguous last axis");
+}
+
+// Expanded tensors can be larger than memory, and sizes computed from them must not overflow.
+constexpr int64_t kMostAdditional = int64_t{1} << 40;
+
+Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
+  try {
+    return torch::stable::new_empty(like, shape, type);
+  } catch (const std::exception&) {
+    // The stable interface keeps the reason to itself.
+    std::string sizes;
+    for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("natten2: can't allocate memory for a tensor of shape [" + sizes + "]");
+  }
 }
 
 View no_view() { return {nullptr, 0, {0, 0, 0}, 0}; }
@@ -109,6 +126,7 @@ Problem make_problem(const Inputs& inputs, const Parameters& parameters) {
   require(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, "key",
           "must have a divisor of query's heads");
   require(problem.value_dim > 0, "value", "must have channels");
+  require(problem.additional <= kMostAdditional, "additional_keys", "must have at most 2^40 tokens");
   std::fill(std::begin(problem.axes), std::end(problem.axes), Axis{1, 1, 1, 1, false});
   for (int axis = 0; axis < rank; ++axis) {
     const Axis along = {query.size(1 + axis), parameters.kernel_size[axis], parameters.stride[axis],
@@ -181,10 +199,15 @@ void run(const Pass<Arguments>& pass, const Arguments& args) {
   constexpr int64_t kWorkPerThread = 1 << 15;
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, pass.work(args)));
   const size_t bytes = static_cast<size_t>(pass.scratch_bytes(args));
+  std::atomic<bool> out_of_memory = false;
   torch::stable::parallel_for(0, pass.count(args), grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[bytes]);
-    pass.run(args, begin, end, scratch.get());
+    const std::unique_ptr<char[]> scratch(new (std::nothrow) char[bytes]);
+    if (scratch)
+      pass.run(args, begin, end, scratch.get());
+    else
+      out_of_memory = true;
   });
+  if (out_of_memory) throw std::runtime_error("natten2: can't allocate " + std::to_string(bytes) + " bytes of memory");
 }
 
 std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb,
@@ -201,8 +224,9 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   rows.pop_back();
   Shape channels(rows);
   channels.push_back(problem.value_dim);
-  Tensor output = torch::stable::new_empty(query, channels);
-  Tensor logsumexp = torch::stable::new_empty(query, rows, accumulate_type(query.scalar_type()));
+  Tensor output = allocate(query, channels, query.scalar_type());
+  Tensor logsumexp = allocate(query, rows, accumulate_type(query.scalar_type()));
+  if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
   run(kernels(dtype).forward, make_forward(inputs, parameters, bias, output, logsumexp));
   return {output, logsumexp};
@@ -253,15 +277,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   if (problem.value_dim != 1 && grad_output.stride(rank + 2) != 1) grad_output = torch::stable::contiguous(grad_output);
 
   const auto like = [&](const std::optional<Tensor>& tensor) {
-    return torch::stable::new_empty(query, tensor ? shape(*tensor) : Shape{0});
+    return allocate(query, tensor ? shape(*tensor) : Shape{0}, type);
   };
   Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   Tensor grad_additional_keys = like(additional_keys), grad_additional_values = like(additional_values);
-  Tensor delta = torch::stable::new_empty(query, rows, accumulate);
+  if (problem.batch == 0) {
+    Tensor grad_rpb = rpb ? torch::stable::new_zeros(*rpb, shape(*rpb)) : like(rpb);
+    return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
+  }
+  Tensor delta = allocate(query, rows, accumulate);
   int64_t offsets = 0;
   if (rpb) offsets = rpb->numel() / problem.heads;
   const int64_t parts = count_parts(problem, offsets);
-  Tensor grad_rpb_parts = torch::stable::new_empty(query, Shape{problem.heads, parts, offsets}, ScalarType::Double);
+  Tensor grad_rpb_parts = allocate(query, {problem.heads, parts, offsets}, ScalarType::Double);
 
   const std::optional<Tensor> bias = bias_table(inputs);
   const Backward args = {make_forward(inputs, parameters, bias, output, logsumexp),
@@ -279,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   run(chosen.grad_query, args);
   run(chosen.grad_key_value, args);
   run(chosen.grad_additional, args);
-  Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : torch::stable::new_empty(query, Shape{0});
+  Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : like(rpb);
   return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
 }
 

@@ -30,7 +30,11 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    node = type(rule.__name__, (rule, _SingleLevelFunction), {"forward": staticmethod(forward)})
+    members = {
+        "forward": staticmethod(forward),
+        "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
+    }
+    node = type(rule.__name__, (rule, _SingleLevelFunction), members)
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
         if not _needs_node(args):

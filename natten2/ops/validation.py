@@ -6,7 +6,6 @@ also in inference mode and when an operator is called directly: no kernel ever s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +22,8 @@ _ACCUMULATE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
+# Expanded tensors can be larger than memory: sizes that kernels compute must not overflow.
+_MAX_ADDITIONAL = 2**40
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 
@@ -61,8 +62,9 @@ def check_forward(
         _check_rpb(rpb, query, kernel_size)
     if additional_keys is not None or additional_values is not None:
         _check_additional(additional_keys, additional_values, query, key, value)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    largest = torch.finfo(accumulate_dtype(query.dtype)).max
+    if not -largest <= scale <= largest:
+        raise ValueError(f"scale must be finite in {accumulate_dtype(query.dtype)}, got {scale}")
 
 
 def check_backward(
@@ -211,6 +213,8 @@ def _check_additional(
         if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, channels):
             raise ValueError(f"{name} must have shape ({batch}, N, {heads}, {channels}), got {tuple(tensor.shape)}")
         _check_unit_stride(name, tensor, channels)
+    if additional_keys.shape[1] > _MAX_ADDITIONAL:
+        raise ValueError(f"additional_keys must have at most {_MAX_ADDITIONAL} tokens, got {additional_keys.shape[1]}")
     if additional_values.shape[1] != additional_keys.shape[1]:
         raise ValueError(
             f"additional_values must have as many tokens as additional_keys, {additional_keys.shape[1]}, "

@@ -36,7 +36,7 @@ void backward_token(const Backward& args, const Token& token, int64_t key_head, 
   const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
   Scratch<Acc> scratch(memory);
   Acc* query = scratch.take(group * head_dim);
-  Acc* grad_query = scratch.take(group * head_dim);
+  RowSum<Acc> grad_query(scratch, group * head_dim);
   Acc* grad_output = scratch.take(group * value_dim);
   Acc* delta = scratch.take(group);
   Acc* weights = scratch.take(group * most);
@@ -52,21 +52,23 @@ void backward_token(const Backward& args, const Token& token, int64_t key_head, 
     exponentiate(weights + g * most, *at<Acc>(forward.logsumexp, token, head), slots);
   }
 
-  fill_zero(grad_query, group * head_dim);
+  grad_query.clear();
   for_each_slot<Storage>(forward, near, key_head, [&](int64_t slot, const Storage* key, const Storage* value) {
     const Acc* wide_key = widened(key, key_row, head_dim);
     const Acc* wide_value = widened(value, value_row, value_dim);
+    Acc* sum = grad_query.next();
     for (int64_t g = 0; g < group; ++g) {
       Acc& weight = weights[g * most + slot];
       // From here on the gradient of the score takes the weight's place.
       weight *= dot(wide_value, grad_output + g * value_dim, value_dim) - delta[g];
-      add_scaled(weight, wide_key, grad_query + g * head_dim, head_dim);
+      add_scaled(weight, wide_key, sum + g * head_dim, head_dim);
     }
   });
+  Acc* total = grad_query.total();
+  multiply(static_cast<Acc>(problem.scale), total, group * head_dim);
   for (int64_t g = 0; g < group; ++g) {
     if (grad_rpb) add_offsets(problem, near, weights + g * most, grad_rpb + (key_head * group + g) * head_stride);
-    multiply(static_cast<Acc>(problem.scale), grad_query + g * head_dim, head_dim);
-    store(grad_query + g * head_dim, at<Storage>(args.grad_query, token, key_head * group + g), head_dim);
+    store(total + g * head_dim, at<Storage>(args.grad_query, token, key_head * group + g), head_dim);
   }
 }
 
@@ -84,7 +86,8 @@ struct GradQueryPass {
 
   static int64_t scratch_bytes(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    const int64_t per_head = 2 * problem.head_dim + problem.value_dim + 1 + most_slots(problem);
+    const int64_t sum = RowSum<AccumulateType<Storage>>::scratch_size(problem.head_dim);
+    const int64_t per_head = problem.head_dim + sum + problem.value_dim + 1 + most_slots(problem);
     return (group_size(problem) * per_head + problem.head_dim + problem.value_dim) * sizeof(AccumulateType<Storage>);
   }
 
@@ -111,63 +114,73 @@ struct GradQueryPass {
 
 // One key with its value, in the accumulation type, and the sums of their gradients.
 template <class Storage>
-struct KeyOwner {
+class KeyOwner {
+ public:
   using Acc = AccumulateType<Storage>;
 
-  const Backward& args;
-  const int64_t head_dim;
-  const int64_t value_dim;
-  Acc* key;  // scaled
-  Acc* value;
-  Acc* grad_key;
-  Acc* grad_value;
-  Acc* query_row;
-  Acc* grad_row;
-  Acc* weights;
-
-  static int64_t scratch_size(const Problem& problem) { return 3 * (problem.head_dim + problem.value_dim); }
-
-  KeyOwner(const Backward& args, void* memory)
-      : args(args), head_dim(args.forward.problem.head_dim), value_dim(args.forward.problem.value_dim) {
-    Scratch<Acc> scratch(memory);
-    key = scratch.take(head_dim);
-    value = scratch.take(value_dim);
-    grad_key = scratch.take(head_dim);
-    grad_value = scratch.take(value_dim);
-    query_row = scratch.take(head_dim);
-    grad_row = scratch.take(value_dim);
-    weights = scratch.next;
+  static int64_t scratch_size(const Problem& problem) {
+    const int64_t size = problem.head_dim + problem.value_dim;
+    return 2 * size + RowSum<Acc>::scratch_size(size);
   }
 
-  Acc scale() const { return static_cast<Acc>(args.forward.problem.scale); }
+  KeyOwner(const Backward& args, void* memory) : KeyOwner(args, Scratch<Acc>(memory)) {}
 
-  void load_key(const Storage* key_source, const Storage* value_source) {
-    load(key_source, key, head_dim);
-    multiply(scale(), key, head_dim);
-    load(value_source, value, value_dim);
-    fill_zero(grad_key, head_dim);
-    fill_zero(grad_value, value_dim);
+  void start(const Storage* key, const Storage* value) {
+    load(key, key_, head_dim_);
+    load(value, value_, value_dim_);
+    grads_.clear();
   }
 
   // A score less the query's log-sum-exp, so that its exponential is the weight.
   Acc centered_score(const Token& query, int64_t head) {
-    const Acc* wide = widened(at<Storage>(args.forward.query, query, head), query_row, head_dim);
-    return dot(wide, key, head_dim) - *at<Acc>(args.forward.logsumexp, query, head);
+    const Acc* wide = widened(at<Storage>(args_.forward.query, query, head), query_row_, head_dim_);
+    return scale_ * dot(wide, key_, head_dim_) - *at<Acc>(args_.forward.logsumexp, query, head);
   }
 
   void add(const Token& query, int64_t head, Acc weight) {
-    const Acc* wide_query = widened(at<Storage>(args.forward.query, query, head), query_row, head_dim);
-    const Acc* wide_grad = widened(at<Storage>(args.grad_output, query, head), grad_row, value_dim);
-    const Acc grad_score = weight * (dot(wide_grad, value, value_dim) - *at<Acc>(args.delta, query, head));
-    add_scaled(grad_score, wide_query, grad_key, head_dim);
-    add_scaled(weight, wide_grad, grad_value, value_dim);
+    const Acc* wide_query = widened(at<Storage>(args_.forward.query, query, head), query_row_, head_dim_);
+    const Acc* wide_grad = widened(at<Storage>(args_.grad_output, query, head), grad_row_, value_dim_);
+    const Acc grad_score = weight * (dot(wide_grad, value_, value_dim_) - *at<Acc>(args_.delta, query, head));
+    Acc* sum = grads_.next();
+    add_scaled(grad_score, wide_query, sum, head_dim_);
+    add_scaled(weight, wide_grad, sum + head_dim_, value_dim_);
   }
 
-  void store_gradients(Storage* key_target, Storage* value_target) {
-    multiply(scale(), grad_key, head_dim);
-    store(grad_key, key_target, head_dim);
-    store(grad_value, value_target, value_dim);
+  void finish(Storage* grad_key, Storage* grad_value) {
+    Acc* total = grads_.total();
+    multiply(scale_, total, head_dim_);
+    store(total, grad_key, head_dim_);
+    store(total + head_dim_, grad_value, value_dim_);
   }
+
+  const Backward& args() const { return args_; }
+
+  // Room for the weights of the queries, behind the rest of the scratch memory.
+  Acc* weights() const { return weights_; }
+
+ private:
+  KeyOwner(const Backward& args, Scratch<Acc> scratch)
+      : args_(args),
+        head_dim_(args.forward.problem.head_dim),
+        value_dim_(args.forward.problem.value_dim),
+        scale_(static_cast<Acc>(args.forward.problem.scale)),
+        key_(scratch.take(head_dim_)),
+        value_(scratch.take(value_dim_)),
+        query_row_(scratch.take(head_dim_)),
+        grad_row_(scratch.take(value_dim_)),
+        grads_(scratch, head_dim_ + value_dim_),
+        weights_(scratch.next) {}
+
+  const Backward& args_;
+  const int64_t head_dim_;
+  const int64_t value_dim_;
+  const Acc scale_;
+  Acc* key_;
+  Acc* value_;
+  Acc* query_row_;
+  Acc* grad_row_;
+  RowSum<Acc> grads_;  // of the key, then of the value
+  Acc* weights_;
 };
 
 template <class Storage>
@@ -178,7 +191,7 @@ void backward_key_value(const Backward& args, const Token& token, int64_t key_he
   const int64_t group = group_size(problem), dilation = problem.axes[kAxes - 1].dilation;
   const Neighborhood near = neighborhood<Seek::kQueries>(problem, token);
   KeyOwner<Storage> owner(args, scratch);
-  owner.load_key(at<Storage>(forward.key, token, key_head), at<Storage>(forward.value, token, key_head));
+  owner.start(at<Storage>(forward.key, token, key_head), at<Storage>(forward.value, token, key_head));
   for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
     const Acc* rpb = static_cast<const Acc*>(forward.rpb);
     if (rpb) rpb += head * offsets(problem);
@@ -186,19 +199,19 @@ void backward_key_value(const Backward& args, const Token& token, int64_t key_he
     for_each_run<Seek::kQueries>(problem, near, [&](const Run& run) {
       Token query = run.first;
       for (int64_t j = 0; j < run.count; ++j, query.index[2] += dilation) {
-        owner.weights[found + j] = owner.centered_score(query, head);
-        if (rpb) owner.weights[found + j] += rpb[run.bias + j * run.bias_step];
+        owner.weights()[found + j] = owner.centered_score(query, head);
+        if (rpb) owner.weights()[found + j] += rpb[run.bias + j * run.bias_step];
       }
       found += run.count;
     });
-    exponentiate(owner.weights, Acc(0), found);
-    const Acc* weight = owner.weights;
+    exponentiate(owner.weights(), Acc(0), found);
+    const Acc* weight = owner.weights();
     for_each_run<Seek::kQueries>(problem, near, [&](const Run& run) {
       Token query = run.first;
       for (int64_t j = 0; j < run.count; ++j, query.index[2] += dilation) owner.add(query, head, *weight++);
     });
   }
-  owner.store_gradients(at<Storage>(args.grad_key, token, key_head), at<Storage>(args.grad_value, token, key_head));
+  owner.finish(at<Storage>(args.grad_key, token, key_head), at<Storage>(args.grad_value, token, key_head));
 }
 
 template <class Storage>
@@ -256,24 +269,24 @@ struct GradAdditionalPass {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_head = task / problem.additional % problem.key_heads;
       const Token extra = {task / problem.additional / problem.key_heads, {0, 0, task % problem.additional}};
-      owner.load_key(at<Storage>(forward.additional_keys, extra, key_head),
-                     at<Storage>(forward.additional_values, extra, key_head));
+      owner.start(at<Storage>(forward.additional_keys, extra, key_head),
+                  at<Storage>(forward.additional_values, extra, key_head));
       for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
         for (int64_t block = extra.batch * blocks; block < (extra.batch + 1) * blocks; ++block)
           add_block(owner, block, head);
-      owner.store_gradients(at<Storage>(args.grad_additional_keys, extra, key_head),
-                            at<Storage>(args.grad_additional_values, extra, key_head));
+      owner.finish(at<Storage>(args.grad_additional_keys, extra, key_head),
+                   at<Storage>(args.grad_additional_values, extra, key_head));
     }
   }
 
  private:
   static void add_block(KeyOwner<Storage>& owner, int64_t block, int64_t head) {
-    const Problem& problem = owner.args.forward.problem;
+    const Problem& problem = owner.args().forward.problem;
     int64_t count = 0;
     for_each_token(problem, block,
-                   [&](const Token& query) { owner.weights[count++] = owner.centered_score(query, head); });
-    exponentiate(owner.weights, Acc(0), count);
-    const Acc* weight = owner.weights;
+                   [&](const Token& query) { owner.weights()[count++] = owner.centered_score(query, head); });
+    exponentiate(owner.weights(), Acc(0), count);
+    const Acc* weight = owner.weights();
     for_each_token(problem, block, [&](const Token& query) { owner.add(query, head, *weight++); });
   }
 };

@@ -15,20 +15,6 @@ inline int64_t group_size(const Problem& problem) { return problem.heads / probl
 // What a query sees: the keys of its window first, then the additional ones.
 inline int64_t most_slots(const Problem& problem) { return most_found<Seek::kKeys>(problem) + problem.additional; }
 
-// Scratch memory, handed out piece by piece.
-template <class Acc>
-struct Scratch {
-  Acc* next;
-
-  explicit Scratch(void* memory) : next(static_cast<Acc*>(memory)) {}
-
-  Acc* take(int64_t size) {
-    Acc* piece = next;
-    next += size;
-    return piece;
-  }
-};
-
 // Visits every key that a query sees, with the slot it goes to, and the same tokens' values.
 template <class Storage, class Visit>
 inline int64_t for_each_slot(const Forward& args, const Neighborhood& near, int64_t key_head, Visit&& visit) {
@@ -48,14 +34,13 @@ inline int64_t for_each_slot(const Forward& args, const Neighborhood& near, int6
   return slot;
 }
 
-// Writes the scaled queries `[group, head_dim]` and their scores `[group, most_slots]`; returns the number of slots.
+// Writes the queries `[group, head_dim]` and their scores `[group, most_slots]`; returns the number of slots.
 template <class Storage, class Acc>
 int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_head, Acc* query, Acc* scores, Acc* row) {
   const Problem& problem = args.problem;
   const int64_t group = group_size(problem), most = most_slots(problem);
   for (int64_t g = 0; g < group; ++g) {
     load(at<Storage>(args.query, near.token, key_head * group + g), query + g * problem.head_dim, problem.head_dim);
-    multiply(static_cast<Acc>(problem.scale), query + g * problem.head_dim, problem.head_dim);
   }
   const int64_t slots =
       for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage* key, const Storage*) {
@@ -63,10 +48,11 @@ int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_he
         for (int64_t g = 0; g < group; ++g)
           scores[g * most + slot] = dot(wide, query + g * problem.head_dim, problem.head_dim);
       });
-  if (!args.rpb) return slots;
   for (int64_t g = 0; g < group; ++g) {
-    const Acc* rpb = static_cast<const Acc*>(args.rpb) + (key_head * group + g) * offsets(problem);
     Acc* score = scores + g * most;
+    multiply(static_cast<Acc>(problem.scale), score, slots);
+    if (!args.rpb) continue;
+    const Acc* rpb = static_cast<const Acc*>(args.rpb) + (key_head * group + g) * offsets(problem);
     for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
       for (int64_t j = 0; j < run.count; ++j) *score++ += rpb[run.bias + j];
     });
@@ -79,10 +65,10 @@ template <class Acc>
 inline Acc softmax(Acc* scores, int64_t slots) {
   const Acc most = maximum(scores, slots);
   const Acc shift = std::isfinite(most) ? most : 0;
-  const Acc total = exponentiate(scores, shift, slots);
+  const double total = exponentiate(scores, shift, slots);
   // Before the values are summed: their sum could overflow where their mean doesn't.
-  multiply(1 / total, scores, slots);
-  return shift + std::log(total);
+  multiply(static_cast<Acc>(1 / total), scores, slots);
+  return static_cast<Acc>(shift + std::log(total));
 }
 
 template <class Storage>
@@ -92,7 +78,7 @@ void forward_token(const Forward& args, const Token& token, int64_t key_head, vo
   const int64_t group = group_size(problem), most = most_slots(problem), value_dim = problem.value_dim;
   Scratch<Acc> scratch(memory);
   Acc* query = scratch.take(group * problem.head_dim);
-  Acc* sum = scratch.take(group * value_dim);
+  RowSum<Acc> output(scratch, group * value_dim);
   Acc* weights = scratch.take(group * most);
   Acc* row = scratch.take(larger(problem.head_dim, value_dim));
 
@@ -101,13 +87,15 @@ void forward_token(const Forward& args, const Token& token, int64_t key_head, vo
   for (int64_t g = 0; g < group; ++g)
     *at<Acc>(args.logsumexp, token, key_head * group + g) = softmax(weights + g * most, slots);
 
-  fill_zero(sum, group * value_dim);
+  output.clear();
   for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage*, const Storage* value) {
     const Acc* wide = widened(value, row, value_dim);
+    Acc* sum = output.next();
     for (int64_t g = 0; g < group; ++g) add_scaled(weights[g * most + slot], wide, sum + g * value_dim, value_dim);
   });
+  const Acc* total = output.total();
   for (int64_t g = 0; g < group; ++g)
-    store(sum + g * value_dim, at<Storage>(args.output, token, key_head * group + g), value_dim);
+    store(total + g * value_dim, at<Storage>(args.output, token, key_head * group + g), value_dim);
 }
 
 template <class Storage>
@@ -123,7 +111,8 @@ struct ForwardPass {
 
   static int64_t scratch_bytes(const Forward& args) {
     const Problem& problem = args.problem;
-    const int64_t per_head = problem.head_dim + problem.value_dim + most_slots(problem);
+    const int64_t per_head =
+        problem.head_dim + RowSum<AccumulateType<Storage>>::scratch_size(problem.value_dim) + most_slots(problem);
     const int64_t row = larger(problem.head_dim, problem.value_dim);
     return (group_size(problem) * per_head + row) * sizeof(AccumulateType<Storage>);
   }

@@ -2,7 +2,8 @@
 #include "backward.h"
 #include "forward.h"
 
-namespace natten2::cpu::NATTEN2_ISA {
+namespace natten2::cpu {
+inline namespace NATTEN2_ISA {
 namespace {
 
 template <class Arguments, class Implementation>
@@ -31,4 +32,5 @@ Kernels kernels(Dtype dtype) {
   }
 }
 
-}  // namespace natten2::cpu::NATTEN2_ISA
+}  // namespace NATTEN2_ISA
+}  // namespace natten2::cpu

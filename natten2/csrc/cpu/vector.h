@@ -115,14 +115,20 @@ inline double exponential(double x) { return std::exp(x); }
 
 // Replaces x by e^(x - shift) and returns the sum.
 template <class Acc>
-inline Acc exponentiate(Acc* x, Acc shift, int64_t n) {
-  Acc sum = 0;
+inline double exponentiate(Acc* x, Acc shift, int64_t n) {
+  constexpr int64_t kPiece = 1024;
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t last = first + kPiece < n ? first + kPiece : n;
+    Acc sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = exponential(x[i] - shift);
-    sum += x[i];
+    for (int64_t i = first; i < last; ++i) {
+      x[i] = exponential(x[i] - shift);
+      sum += x[i];
+    }
+    total += sum;
   }
-  return sum;
+  return total;
 }
 
 // NaN counts as smallest.
@@ -133,6 +139,61 @@ inline Acc maximum(const Acc* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) result = x[i] > result ? x[i] : result;
   return result;
 }
+
+// Scratch memory, handed out piece by piece.
+template <class Acc>
+struct Scratch {
+  Acc* next;
+
+  explicit Scratch(void* memory) : next(static_cast<Acc*>(memory)) {}
+
+  Acc* take(int64_t size) {
+    Acc* piece = next;
+    next += size;
+    return piece;
+  }
+};
+
+// A sum of many rows, taken in blocks: rounding errors grow with the length of a block and the number of blocks, not
+// with the number of rows.
+template <class Acc>
+class RowSum {
+ public:
+  static int64_t scratch_size(int64_t size) { return 2 * size; }
+
+  RowSum(Scratch<Acc>& scratch, int64_t size) : size_(size), block_(scratch.take(size)), total_(scratch.take(size)) {}
+
+  void clear() {
+    rows_ = 0;
+    fill_zero(block_, size_);
+    fill_zero(total_, size_);
+  }
+
+  // Where to add the next row.
+  Acc* next() {
+    if (rows_++ % kRows == 0 && rows_ > 1) flush();
+    return block_;
+  }
+
+  // All rows since `clear`, which may be changed in place.
+  Acc* total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  static constexpr int64_t kRows = 128;
+
+  void flush() {
+    for (int64_t i = 0; i < size_; ++i) total_[i] += block_[i];
+    fill_zero(block_, size_);
+  }
+
+  int64_t size_;
+  int64_t rows_ = 0;
+  Acc* block_;
+  Acc* total_;
+};
 
 }  // namespace NATTEN2_ISA
 }  // namespace natten2::cpu
