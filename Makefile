@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := CMakeLists.txt $(shell find natten2/csrc -type f)
 
-.PHONY: demo test test-long lint format bench clean
+.PHONY: demo test test-long lint format bench build clean
 
 demo: .venv/natten2
 	$(BIN)/python -m examples.digits
@@ -29,16 +29,18 @@ format: .venv/natten2
 bench: .venv/natten2
 	$(BIN)/python -m benchmarks cpu --json benchmarks/results/cpu.json
 
+build: .venv/natten2
+
 clean:
 	rm -rf .venv build dist
 
 # The build and the tools come from .venv itself: an isolated build would fetch torch a second time.
 .venv/environment: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --upgrade pip
-	$(BIN)/pip install "$(TORCH)" "scikit-build-core>=0.11" "cmake>=3.25" ninja
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install "$(TORCH)" "scikit-build-core>=0.11" "cmake>=3.25" ninja
 	touch $@
 
 .venv/natten2: .venv/environment $(SOURCES)
-	$(BIN)/pip install --no-build-isolation --editable ".[examples,lint,test]"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[examples,lint,test]"
 	touch $@

@@ -11,9 +11,9 @@ import torch
 
 __all__ = ["cpu_capabilities", "cpu_capability", "library_path", "set_cpu_capability"]
 
-_HOW_TO_INSTALL = (
-    "Install natten2 with `pip install torch==2.13.0` and then `pip install .` in its source folder; "
-    "to work on the sources, with `make .venv`."
+_HOW_TO_INSTALL = "Install torch 2.11 or later, then natten2 with `pip install .` in its source folder."
+_HOW_TO_BUILD = (
+    "In the source folder, which hides an installed natten2, build it with `make build`, or run Python from elsewhere."
 )
 
 
@@ -25,7 +25,9 @@ def library_path() -> Path:
     """
     spec = importlib.util.find_spec("natten2._C")
     if spec is None or spec.origin is None:
-        raise ImportError(f"natten2's compiled library _C is missing beside {Path(__file__).parent}. {_HOW_TO_INSTALL}")
+        raise ImportError(
+            f"natten2's compiled library _C is missing from {Path(__file__).parent}. {_HOW_TO_INSTALL} {_HOW_TO_BUILD}"
+        )
     return Path(spec.origin)
 
 

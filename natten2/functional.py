@@ -225,11 +225,7 @@ def _neighborhood_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-    for name, tensor in (
-        ("rpb", rpb),
-        ("additional_keys", additional_keys),
-        ("additional_values", additional_values),
-    ):
+    for name, tensor in (("rpb", rpb), ("additional_keys", additional_keys), ("additional_values", additional_values)):
         check_tensor(name, tensor, optional=True)
     if scale is None:
         scale = default_scale(query)

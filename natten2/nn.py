@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from natten2._arguments import check_heads, check_probability, check_real, check_tensor, flags, integers
 from natten2.functional import na1d, na2d, na3d
+from natten2.ops.validation import check_window
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -44,7 +45,7 @@ class _NeighborhoodAttention(nn.Module):
         self.dilation = integers("dilation", dilation, rank)
         self.is_causal = flags("is_causal", is_causal, rank)
         self.qk_scale = qk_scale
-        _check_window(self.kernel_size, self.stride, self.dilation)
+        check_window(self.kernel_size, self.stride, self.dilation)
 
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb = (
@@ -63,15 +64,7 @@ class _NeighborhoodAttention(nn.Module):
         # Views of one product: the operator reads them in place.
         query, key, value = self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         output = self._attend(
-            query,
-            key,
-            value,
-            self.kernel_size,
-            self.stride,
-            self.dilation,
-            self.is_causal,
-            self.qk_scale,
-            rpb=self.rpb,
+            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.qk_scale, rpb=self.rpb
         )
         return self.proj_drop(self.proj(output.flatten(-2)))
 
@@ -132,12 +125,3 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
 
     _axes = ("depth", "height", "width")
     _attend = staticmethod(na3d)
-
-
-def _check_window(kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
-    if min(kernel_size) < 1:
-        raise ValueError(f"kernel_size must be at least 1 on every axis, got {kernel_size}")
-    if any(not 1 <= step <= window for step, window in zip(stride, kernel_size, strict=True)):
-        raise ValueError(f"stride must be between 1 and kernel_size {kernel_size} on every axis, got {stride}")
-    if min(dilation) < 1:
-        raise ValueError(f"dilation must be at least 1 on every axis, got {dilation}")

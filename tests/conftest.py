@@ -10,7 +10,11 @@ from hypothesis import HealthCheck, settings
 from natten2 import _extension
 
 settings.register_profile(
-    "natten2", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "natten2",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("natten2")
 

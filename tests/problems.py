@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -100,8 +101,27 @@ def random_problem(
     ).to(dtype)
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """The same values as a view of a tensor with more heads, as a projection of query, key, and value gives it."""
+    return torch.cat((tensor, tensor, tensor), dim=-2)[..., : tensor.shape[-2], :]
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    return tensor.movedim(-2, 1).contiguous().movedim(1, -2)
+
+
+def with_layout(problem: Problem, layout: Callable[[Tensor], Tensor]) -> Problem:
+    """The same problem with other strides of all tensors but the bias."""
+    query, key, value, rpb, *additional = problem.tensors
+    tensors = (*map(layout, (query, key, value)), rpb, *(None if x is None else layout(x) for x in additional))
+    return replace(problem, tensors=tensors, grad_output=layout(problem.grad_output))
+
+
+LAYOUTS = (torch.clone, packed, _heads_first)
+
+
 @st.composite
-def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
+def problems(draw: st.DrawFn, max_tokens: int = 200, min_batch: int = 1) -> Problem:
     """Any valid float64 problem with a small token grid."""
     rank = draw(st.integers(1, 3))
     spatial, kernel_size, stride, dilation = [], [], [], []
@@ -112,13 +132,13 @@ def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
         kernel_size.append(draw(st.integers(1, length // dilation[-1])))
         stride.append(draw(st.integers(1, kernel_size[-1])))
     key_heads = draw(st.integers(1, 3))
-    return random_problem(
+    problem = random_problem(
         tuple(spatial),
         tuple(kernel_size),
         stride=tuple(stride),
         dilation=tuple(dilation),
         is_causal=tuple(draw(st.lists(st.booleans(), min_size=rank, max_size=rank))),
-        batch=draw(st.integers(1, 2)),
+        batch=draw(st.integers(min_batch, 2)),
         heads=key_heads * draw(st.integers(1, 3)),
         key_heads=key_heads,
         head_dim=draw(st.integers(1, 20)),
@@ -128,6 +148,7 @@ def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
         scale=draw(st.sampled_from([None, 0.0, 1.0, -0.7])),
         seed=draw(st.integers(0, 2**31)),
     )
+    return with_layout(problem, draw(st.sampled_from(LAYOUTS)))
 
 
 @dataclass(frozen=True)

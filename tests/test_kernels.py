@@ -29,8 +29,8 @@ def run(problem: Problem, kernels: tuple[Callable, Callable] = OPERATORS) -> Res
 
 def rounded_results(problem: Problem, dtype: torch.dtype) -> Results:
     """What rounding inputs and outputs to a dtype leaves of the float64 results."""
-    (output, logsumexp), _ = run(problem.to(dtype).to(torch.float64), REFERENCE)
     rounded, exact = problem.to(dtype), problem.to(dtype).to(torch.float64)
+    output, logsumexp = reference.na_forward(*exact.tensors, *exact.parameters)
     grads = reference.na_backward(
         exact.grad_output,
         exact.grad_logsumexp,
@@ -100,9 +100,9 @@ def check_against_oracle(problem: Problem, kernels: tuple[Callable, Callable]) -
     compare(results, grads, expected, expected_grads)
 
 
-@settings(max_examples=300)
-@given(problems(max_tokens=500))
-def test_kernels_are_the_reference(problem: Problem):
+@settings(max_examples=200)
+@given(problems(max_tokens=500, min_batch=0))
+def test_kernels_are_the_reference(capability: str, problem: Problem):
     compare(*run(problem), *run(problem, REFERENCE))
 
 

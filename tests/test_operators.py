@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from problems import DTYPES, Problem, random_problem
+from problems import DTYPES, Problem, packed, random_problem, with_layout
 from torch import Tensor
 from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 
@@ -22,8 +22,8 @@ def opcheck(op: torch._ops.OpOverload, *args: object) -> None:
 
 
 def everything(rank: int, dtype: torch.dtype = torch.float64) -> Problem:
-    """Bias, dilation, stride, a causal axis, grouped heads, another value head_dim, and additional keys at once."""
-    return random_problem(
+    """Views, bias, dilation, stride, a causal axis, grouped heads, another value_dim, and additional keys at once."""
+    problem = random_problem(
         (7, 6, 5)[:rank],
         (3, 2, 4)[:rank],
         stride=(2, 1, 3)[:rank],
@@ -37,6 +37,7 @@ def everything(rank: int, dtype: torch.dtype = torch.float64) -> Problem:
         bias=True,
         dtype=dtype,
     )
+    return with_layout(problem, packed)
 
 
 def plain(rank: int) -> Problem:

@@ -1,5 +1,6 @@
 """Bad input: the error's type, the argument, what came, and what is allowed, however the operator is called."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -422,6 +423,13 @@ def test_nested_tensors_are_not_supported_yet(layout: torch.layout):
         natten2.na1d(nested, nested, nested, 3)
 
 
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_none_is_no_tensor(name: str):
+    for call in (call_composite, call_operator, call_in_inference_mode):
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
+            call(arguments({name: None}))
+
+
 def test_memory_that_was_freed_is_not_read():
     query, key = torch.randn(1, 4, 1, 2), torch.randn(1, 4, 1, 2)
     key.untyped_storage().resize_(0)
@@ -443,7 +451,8 @@ def test_running_out_of_memory_says_so_and_leaves_the_process_usable():
 
 def test_quantized_tensors_are_not_supported():
     args = arguments({})
-    with pytest.warns(UserWarning, match="deprecated"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         args[0] = torch.quantize_per_tensor(args[0], 0.1, 0, torch.quint8)
     with pytest.raises(NotImplementedError, match="query must be a dense, strided tensor, got a quantized one"):
         na_forward(*args)

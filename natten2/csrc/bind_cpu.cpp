@@ -51,7 +51,7 @@ void require_tensor(const Tensor& tensor, const char* name, ScalarType type, con
   require(tensor.is_cpu(), name, "must be on the CPU");
   require(tensor.scalar_type() == type, name, "has the wrong dtype");
   require(shape(tensor) == expected, name, "has the wrong shape");
-  require(tensor.numel() == 0 || tensor.data_ptr() != nullptr, name, "has no memory");
+  require(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, "has no memory");
 }
 
 void require_channels(const Tensor& tensor, const char* name) {
@@ -73,19 +73,21 @@ Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
   }
 }
 
-View no_view() { return {nullptr, 0, {0, 0, 0}, 0}; }
-
 // [batch, *axes, head, ...] with one to three axes.
-View grid_view(const Tensor& tensor, int rank) {
-  View view = no_view();
-  view.data = tensor.data_ptr();
-  view.batch = tensor.stride(0);
+View grid_view(const Tensor& tensor, int rank, void* data) {
+  View view = {data, tensor.stride(0), {0, 0, 0}, tensor.stride(1 + rank)};
   for (int axis = 0; axis < rank; ++axis) view.axis[kAxes - rank + axis] = tensor.stride(1 + axis);
-  view.head = tensor.stride(1 + rank);
   return view;
 }
 
-View additional_view(const std::optional<Tensor>& tensor) { return tensor ? grid_view(*tensor, 1) : no_view(); }
+// Reading through a mutable pointer would make a tensor copy itself that shares its memory until it is written.
+View input_view(const Tensor& tensor, int rank) {
+  return grid_view(tensor, rank, const_cast<void*>(tensor.const_data_ptr()));
+}
+
+View input_view(const std::optional<Tensor>& tensor, int rank) { return tensor ? input_view(*tensor, rank) : View{}; }
+
+View output_view(const Tensor& tensor, int rank) { return grid_view(tensor, rank, tensor.mutable_data_ptr()); }
 
 struct Parameters {
   std::vector<int64_t> kernel_size;
@@ -179,18 +181,17 @@ std::optional<Tensor> bias_table(const Inputs& inputs) {
   return torch::stable::contiguous(torch::stable::to(*inputs.rpb, accumulate_type(inputs.query.scalar_type())));
 }
 
-Forward make_forward(const Inputs& inputs, const Parameters& parameters, const std::optional<Tensor>& bias,
-                     const Tensor& output, const Tensor& logsumexp) {
-  const int rank = static_cast<int>(parameters.kernel_size.size());
-  return {make_problem(inputs, parameters),
-          grid_view(inputs.query, rank),
-          grid_view(inputs.key, rank),
-          grid_view(inputs.value, rank),
-          additional_view(inputs.additional_keys),
-          additional_view(inputs.additional_values),
-          bias ? bias->data_ptr() : nullptr,
-          grid_view(output, rank),
-          grid_view(logsumexp, rank)};
+Forward make_forward(const Inputs& inputs, const Problem& problem, int rank, const std::optional<Tensor>& bias,
+                     View output, View logsumexp) {
+  return {problem,
+          input_view(inputs.query, rank),
+          input_view(inputs.key, rank),
+          input_view(inputs.value, rank),
+          input_view(inputs.additional_keys, 1),
+          input_view(inputs.additional_values, 1),
+          bias ? bias->const_data_ptr() : nullptr,
+          output,
+          logsumexp};
 }
 
 template <class Arguments>
@@ -217,8 +218,9 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
   const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
   const Dtype dtype = to_dtype(query.scalar_type());
+  const int rank = static_cast<int>(kernel_size.size());
   const Problem problem = make_problem(inputs, parameters);
-  require_inputs(inputs, problem, static_cast<int>(kernel_size.size()));
+  require_inputs(inputs, problem, rank);
 
   Shape rows = shape(query);
   rows.pop_back();
@@ -228,7 +230,8 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   Tensor logsumexp = allocate(query, rows, accumulate_type(query.scalar_type()));
   if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
-  run(kernels(dtype).forward, make_forward(inputs, parameters, bias, output, logsumexp));
+  run(kernels(dtype).forward,
+      make_forward(inputs, problem, rank, bias, output_view(output, rank), output_view(logsumexp, rank)));
   return {output, logsumexp};
 }
 
@@ -244,8 +247,8 @@ int64_t count_parts(const Problem& problem, int64_t offsets) {
 Tensor sum_parts(const Tensor& parts, const Tensor& rpb) {
   const int64_t heads = parts.size(0), count = parts.size(1), offsets = parts.size(2);
   Tensor total = torch::stable::new_zeros(rpb, shape(rpb), ScalarType::Double);
-  double* sum = static_cast<double*>(total.data_ptr());
-  const double* part = static_cast<const double*>(parts.data_ptr());
+  double* sum = static_cast<double*>(total.mutable_data_ptr());
+  const double* part = static_cast<const double*>(parts.const_data_ptr());
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t p = 0; p < count; ++p)
       for (int64_t i = 0; i < offsets; ++i) sum[head * offsets + i] += *part++;
@@ -292,18 +295,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   Tensor grad_rpb_parts = allocate(query, {problem.heads, parts, offsets}, ScalarType::Double);
 
   const std::optional<Tensor> bias = bias_table(inputs);
-  const Backward args = {make_forward(inputs, parameters, bias, output, logsumexp),
-                         grid_view(grad_output, rank),
-                         grad_logsumexp ? grid_view(*grad_logsumexp, rank) : no_view(),
-                         grid_view(grad_query, rank),
-                         grid_view(grad_key, rank),
-                         grid_view(grad_value, rank),
-                         additional_keys ? grid_view(grad_additional_keys, 1) : no_view(),
-                         additional_values ? grid_view(grad_additional_values, 1) : no_view(),
-                         grid_view(delta, rank),
-                         rpb ? static_cast<double*>(grad_rpb_parts.data_ptr()) : nullptr,
-                         parts};
-  const Kernels& chosen = kernels(dtype);
+  const Backward args = {
+      make_forward(inputs, problem, rank, bias, input_view(output, rank), input_view(logsumexp, rank)),
+      input_view(grad_output, rank),
+      input_view(grad_logsumexp, rank),
+      output_view(grad_query, rank),
+      output_view(grad_key, rank),
+      output_view(grad_value, rank),
+      additional_keys ? output_view(grad_additional_keys, 1) : View{},
+      additional_values ? output_view(grad_additional_values, 1) : View{},
+      output_view(delta, rank),
+      rpb ? static_cast<double*>(grad_rpb_parts.mutable_data_ptr()) : nullptr,
+      parts};
+  const Kernels chosen = kernels(dtype);
   run(chosen.grad_query, args);
   run(chosen.grad_key_value, args);
   run(chosen.grad_additional, args);

@@ -14,7 +14,8 @@ __all__ = ["default_scale"]
 def default_scale(query: Tensor) -> float:
     """`head_dim ** -0.5`, equation 1 of "Attention Is All You Need" (arXiv 1706.03762)."""
     # Where there is no head_dim, any scale will do: the operator's checks raise.
-    head_dim = 1 if query.is_nested or query.dim() == 0 else query.shape[-1]
+    has_head_dim = isinstance(query, Tensor) and not query.is_nested and query.dim() > 0
+    head_dim = query.shape[-1] if has_head_dim else 1
     return head_dim**-0.5 if head_dim > 0 else 1.0
 
 

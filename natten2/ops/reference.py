@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten2.ops.schemas import LIBRARY
 from natten2.ops.validation import accumulate_dtype
 from natten2.window import group_length, key_bounds
 
@@ -217,8 +216,3 @@ def _axis_slots(
     visible = slot < end - start
     key = start + torch.where(visible, slot, 0)
     return Slots(key * dilation + group, visible, key - position + kernel_size - 1)
-
-
-for _device in ("MPS", "XPU"):
-    LIBRARY.impl("na_forward", na_forward, _device)
-    LIBRARY.impl("na_backward", na_backward, _device)

@@ -14,7 +14,7 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward
 
-__all__ = ["accumulate_dtype", "check_backward", "check_forward"]
+__all__ = ["accumulate_dtype", "check_backward", "check_forward", "check_window"]
 
 _ACCUMULATE_DTYPES = {
     torch.float32: torch.float32,
@@ -57,7 +57,8 @@ def check_forward(
     for name, tensor in (("key", key), ("value", value)):
         _check_kind(name, tensor, query, (query.dtype,))
     _check_shapes(query, key, value, rank)
-    _check_windows(query.shape[1:-2], kernel_size, stride, dilation)
+    check_window(kernel_size, stride, dilation)
+    _check_fit(query.shape[1:-2], kernel_size, dilation)
     if rpb is not None:
         _check_rpb(rpb, query, kernel_size)
     if additional_keys is not None or additional_values is not None:
@@ -86,17 +87,7 @@ def check_backward(
 ) -> None:
     """Checks the arguments of `natten2::na_backward`; raises what :func:`check_forward` raises."""
     check_forward(
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        additional_values,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        scale,
+        query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale
     )
     output_shape = (*query.shape[:-1], value.shape[-1])
     accumulate = accumulate_dtype(query.dtype)
@@ -121,6 +112,9 @@ def _check_rank(
 
 
 def _check_kind(name: str, tensor: Tensor, query: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    # The dispatcher lets None pass for a tensor.
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
         raise NotImplementedError(f"{name} must be a dense, strided tensor, got a {kind} one")
@@ -168,16 +162,23 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
         raise ValueError(f"query's heads must be a multiple of key's {key_shape[-2]} heads, got {query_shape[-2]}")
 
 
-def _check_windows(
-    spatial: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> None:
-    for axis, (length, window, step, gap) in enumerate(zip(spatial, kernel_size, stride, dilation, strict=True)):
+def check_window(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> None:
+    """Checks what can be known of a window before the axes' lengths are.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+    for axis, (window, step, gap) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
         if window < 1:
             raise ValueError(f"kernel_size must be at least 1, got {window} on axis {axis}")
         if not 1 <= step <= window:
             raise ValueError(f"stride must be between 1 and kernel_size {window}, got {step} on axis {axis}")
         if gap < 1:
             raise ValueError(f"dilation must be at least 1, got {gap} on axis {axis}")
+
+
+def _check_fit(spatial: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
+    for axis, (length, window, gap) in enumerate(zip(spatial, kernel_size, dilation, strict=True)):
         # Unlike an `if`, this becomes a run-time check when the length is not known while tracing.
         torch._check_value(window * gap <= length, lambda: _too_large(window, gap, length, axis))  # noqa: B023
 

@@ -19,8 +19,6 @@ NATTEN2_DECLARE(avx512)
 
 namespace {
 
-constexpr int kDtypes = 4;
-
 struct Capability {
   const char* name;
   Kernels (*kernels)(Dtype);
@@ -47,34 +45,25 @@ constexpr Capability kCapabilities[] = {
 #endif
 };
 
-struct Table {
-  const Capability* capability;
-  Kernels kernels[kDtypes];
-
-  explicit Table(const Capability& chosen) : capability(&chosen) {
-    for (int dtype = 0; dtype < kDtypes; ++dtype) kernels[dtype] = chosen.kernels(static_cast<Dtype>(dtype));
-  }
-};
-
-std::atomic<const Table*>& table() {
-  static std::atomic<const Table*> current = [] {
+std::atomic<const Capability*>& current() {
+  static std::atomic<const Capability*> capability = [] {
     const Capability* best = kCapabilities;
-    for (const Capability& capability : kCapabilities)
-      if (capability.runs_here()) best = &capability;
-    return new Table(*best);
+    for (const Capability& candidate : kCapabilities)
+      if (candidate.runs_here()) best = &candidate;
+    return best;
   }();
-  return current;
+  return capability;
 }
 
 }  // namespace
 
-const Kernels& kernels(Dtype dtype) { return table().load()->kernels[static_cast<int>(dtype)]; }
+Kernels kernels(Dtype dtype) { return current().load()->kernels(dtype); }
 
 }  // namespace natten2::cpu
 
 #define NATTEN2_EXPORT extern "C" __attribute__((visibility("default")))
 
-NATTEN2_EXPORT const char* natten2_cpu_capability() { return natten2::cpu::table().load()->capability->name; }
+NATTEN2_EXPORT const char* natten2_cpu_capability() { return natten2::cpu::current().load()->name; }
 
 // Comma-separated, plainest first.
 NATTEN2_EXPORT const char* natten2_cpu_capabilities() {
@@ -91,8 +80,7 @@ NATTEN2_EXPORT const char* natten2_cpu_capabilities() {
 NATTEN2_EXPORT bool natten2_set_cpu_capability(const char* name) {
   for (const auto& capability : natten2::cpu::kCapabilities) {
     if (std::strcmp(capability.name, name) != 0 || !capability.runs_here()) continue;
-    // A table that was replaced may still be in use, and there are only a few of them.
-    natten2::cpu::table().store(new natten2::cpu::Table(capability));
+    natten2::cpu::current().store(&capability);
     return true;
   }
   return false;

@@ -5,6 +5,6 @@
 
 namespace natten2::cpu {
 
-const Kernels& kernels(Dtype dtype);
+Kernels kernels(Dtype dtype);
 
 }  // namespace natten2::cpu
