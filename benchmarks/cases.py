@@ -94,7 +94,7 @@ NAT_TINY = (
 )
 
 # DiNAT-Tiny's dilated layers (arXiv 2209.15001), other ranks, then corners where a gather could win: little to compute
-# per byte, few tokens, channels that fill no vector, heads or windows large enough for matrix products.
+# per byte, few tokens, channels that fill no vector, heads, windows, or additional keys enough for matrix products.
 CASES = (
     *NAT_TINY,
     Case("nat-tiny-3-batch", (14, 14), 7, heads=8, batch=8, bias=True),
@@ -115,6 +115,10 @@ CASES = (
     Case("head-dim-128", (28, 28), 7, heads=1, head_dim=128, bias=True),
     Case("shared-keys", (28, 28), 7, heads=8, key_heads=1),
     Case("additional-keys", (28, 28), 7, heads=4, additional=16),
+    Case("additional-1024", (28, 28), 3, heads=1, head_dim=64, additional=1024),
+    Case("window-1-additional", (28, 28), 1, heads=4, additional=64),
+    Case("many-heads-per-key", (28, 28), 3, heads=64, key_heads=1, head_dim=2),
+    Case("head-dim-1-window-1", (28, 28), 1, heads=16, head_dim=1),
     Case("small", (8, 8), 3, heads=1, head_dim=8),
 )
 

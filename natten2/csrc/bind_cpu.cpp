@@ -194,6 +194,13 @@ Forward make_forward(const Inputs& inputs, const Problem& problem, int rank, con
           logsumexp};
 }
 
+// A cache line, which is the widest vector too.
+constexpr std::align_val_t kScratchAlignment{64};
+
+struct FreeScratch {
+  void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
+};
+
 template <class Arguments>
 void run(const Pass<Arguments>& pass, const Arguments& args) {
   // Threads pay off from about this much work on.
@@ -202,7 +209,7 @@ void run(const Pass<Arguments>& pass, const Arguments& args) {
   const size_t bytes = static_cast<size_t>(pass.scratch_bytes(args));
   std::atomic<bool> out_of_memory = false;
   torch::stable::parallel_for(0, pass.count(args), grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new (std::nothrow) char[bytes]);
+    const std::unique_ptr<void, FreeScratch> scratch(::operator new(bytes, kScratchAlignment, std::nothrow));
     if (scratch)
       pass.run(args, begin, end, scratch.get());
     else

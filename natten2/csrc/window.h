@@ -29,13 +29,16 @@ struct Interval {
 NATTEN2_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NATTEN2_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
+// a / b, at once where b is 1, as strides and dilations mostly are: divisions take longer than all else in this file.
+NATTEN2_HOST_DEVICE constexpr int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
+
 NATTEN2_HOST_DEVICE constexpr int64_t group_length(const Axis& axis, int64_t group) {
-  return (axis.length + axis.dilation - 1 - group) / axis.dilation;
+  return quotient(axis.length + axis.dilation - 1 - group, axis.dilation);
 }
 
 // The keys that the query at `position` of a group of `length` positions sees.
 NATTEN2_HOST_DEVICE constexpr Interval key_bounds(const Axis& axis, int64_t length, int64_t position) {
-  const int64_t first = position / axis.stride * axis.stride;
+  const int64_t first = quotient(position, axis.stride) * axis.stride;
   if (axis.is_causal) {
     const int64_t leader = smaller(first + axis.stride - 1, length - 1);
     return {larger(leader - axis.kernel_size + 1, 0), position + 1};
@@ -49,14 +52,14 @@ NATTEN2_HOST_DEVICE constexpr Interval key_bounds(const Axis& axis, int64_t leng
 NATTEN2_HOST_DEVICE constexpr Interval query_bounds(const Axis& axis, int64_t length, int64_t position) {
   if (axis.is_causal) {
     if (position + axis.kernel_size >= length) return {position, length};
-    return {position, smaller((position + axis.kernel_size) / axis.stride * axis.stride, length)};
+    return {position, smaller(quotient(position + axis.kernel_size, axis.stride) * axis.stride, length)};
   }
   const int64_t middle = axis.stride / 2;
-  const int64_t strides = (length + axis.stride - 1) / axis.stride;
+  const int64_t strides = quotient(length + axis.stride - 1, axis.stride);
   const int64_t first_leader = position < axis.kernel_size ? 0 : position - (axis.kernel_size - 1) / 2;
   const int64_t last_leader = position >= length - axis.kernel_size ? length - 1 : position + axis.kernel_size / 2;
-  const int64_t first = first_leader <= middle ? 0 : (first_leader - middle + axis.stride - 1) / axis.stride;
-  const int64_t last = last_leader >= length - 1 ? strides - 1 : (last_leader - middle) / axis.stride;
+  const int64_t first = first_leader <= middle ? 0 : quotient(first_leader - middle + axis.stride - 1, axis.stride);
+  const int64_t last = last_leader >= length - 1 ? strides - 1 : quotient(last_leader - middle, axis.stride);
   return {first * axis.stride, smaller((last + 1) * axis.stride, length)};
 }
 

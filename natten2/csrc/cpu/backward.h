@@ -25,52 +25,162 @@ inline void add_offsets(const Problem& problem, const Neighborhood& near, const 
   });
 }
 
-// `grad_rpb` is null or this part's sums for every head, `head_stride` apart.
-template <class Storage>
-void backward_token(const Backward& args, const Token& token, int64_t key_head, double* grad_rpb, int64_t head_stride,
-                    void* memory) {
-  using Acc = AccumulateType<Storage>;
-  const Forward& forward = args.forward;
-  const Problem& problem = forward.problem;
-  const int64_t group = group_size(problem), most = most_slots(problem);
-  const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
-  Scratch<Acc> scratch(memory);
-  Acc* query = scratch.take(group * head_dim);
-  RowSum<Acc> grad_query(scratch, group * head_dim);
-  Acc* grad_output = scratch.take(group * value_dim);
-  Acc* delta = scratch.take(group);
-  Acc* weights = scratch.take(group * most);
-  Acc* key_row = scratch.take(head_dim);
-  Acc* value_row = scratch.take(value_dim);
-
-  const Neighborhood near = neighborhood<Seek::kKeys>(problem, token);
-  const int64_t slots = score_keys<Storage>(forward, near, key_head, query, weights, key_row);
-  for (int64_t g = 0; g < group; ++g) {
-    const int64_t head = key_head * group + g;
-    load(at<Storage>(args.grad_output, token, head), grad_output + g * value_dim, value_dim);
-    delta[g] = write_delta<Storage>(args, token, head, grad_output + g * value_dim, value_row);
-    exponentiate(weights + g * most, *at<Acc>(forward.logsumexp, token, head), slots);
-  }
-
-  grad_query.clear();
-  for_each_slot<Storage>(forward, near, key_head, [&](int64_t slot, const Storage* key, const Storage* value) {
-    const Acc* wide_key = widened(key, key_row, head_dim);
-    const Acc* wide_value = widened(value, value_row, value_dim);
-    Acc* sum = grad_query.next();
-    for (int64_t g = 0; g < group; ++g) {
-      Acc& weight = weights[g * most + slot];
-      // From here on the gradient of the score takes the weight's place.
-      weight *= dot(wide_value, grad_output + g * value_dim, value_dim) - delta[g];
-      add_scaled(weight, wide_key, sum + g * head_dim, head_dim);
-    }
-  });
-  Acc* total = grad_query.total();
-  multiply(static_cast<Acc>(problem.scale), total, group * head_dim);
-  for (int64_t g = 0; g < group; ++g) {
-    if (grad_rpb) add_offsets(problem, near, weights + g * most, grad_rpb + (key_head * group + g) * head_stride);
-    store(total + g * head_dim, at<Storage>(args.grad_query, token, key_head * group + g), head_dim);
-  }
+// Turns weights into gradients of scores.
+template <class Acc>
+inline void multiply_centered(const Acc* grad_weights, Acc delta, Acc* weights, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) weights[i] *= grad_weights[i] - delta;
 }
+
+// Where one part's gradient of the bias is summed: null, or every head's, `head_stride` apart.
+struct BiasSums {
+  double* data;
+  int64_t head_stride;
+};
+
+// Computes the gradients of one key head's queries.
+template <class Storage>
+class GradQueryOwner {
+ public:
+  using Acc = AccumulateType<Storage>;
+
+  static int64_t scratch_size(const Problem& problem) {
+    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim, group = group_size(problem);
+    const int64_t queries = tokens_together(problem) * group;
+    const int64_t additional =
+        problem.additional * (2 * head_dim + value_dim + queries) + kTransposed * larger(head_dim, value_dim);
+    return queries * (2 * head_dim + value_dim + most_slots(problem)) + 2 * group + head_dim + value_dim + additional +
+           RowSum<Acc>::scratch_size(group * head_dim);
+  }
+
+  GradQueryOwner(const Backward& args, void* memory) : GradQueryOwner(args, Scratch<Acc>(memory)) {}
+
+  void start(int64_t batch, int64_t key_head) {
+    batch_ = batch;
+    key_head_ = key_head;
+    const AdditionalTokens tokens = {batch, key_head, 0, problem_.additional};
+    const View &keys = args_.forward.additional_keys, &values = args_.forward.additional_values;
+    load_rows<Storage>(keys, tokens, problem_.head_dim, additional_keys_);
+    load_columns<Storage>(keys, tokens, problem_.head_dim, keys_by_channel_, transposed_);
+    load_columns<Storage>(values, tokens, problem_.value_dim, values_by_channel_, transposed_);
+  }
+
+  bool started(int64_t batch, int64_t key_head) const { return batch == batch_ && key_head == key_head_; }
+
+  void run(const Token& first, int64_t tokens, const BiasSums& grad_rpb) {
+    const int64_t group = group_, head_dim = problem_.head_dim, value_dim = problem_.value_dim;
+    const int64_t queries = tokens * group;
+    for (int64_t t = 0; t < tokens; ++t) {
+      load_heads<Storage>(args_.forward.query, after(first, t), key_head_, group_, head_dim,
+                          query_ + t * group * head_dim);
+      load_heads<Storage>(args_.grad_output, after(first, t), key_head_, group_, value_dim,
+                          grad_output_ + t * group * value_dim);
+    }
+    score_additional(problem_, queries, most_, query_, keys_by_channel_, weights_);
+    differentiate_additional(queries);
+    for (int64_t t = 0; t < tokens; ++t) run_token(after(first, t), t * group, grad_rpb);
+    add_additional(problem_, queries, most_, weights_, additional_keys_, head_dim, grad_query_);
+    multiply(static_cast<Acc>(problem_.scale), grad_query_, queries * head_dim);
+    for (int64_t t = 0; t < tokens; ++t)
+      store_heads<Storage>(args_.grad_query, after(first, t), key_head_, group_, head_dim,
+                           grad_query_ + t * group * head_dim);
+  }
+
+ private:
+  GradQueryOwner(const Backward& args, Scratch<Acc> scratch)
+      : args_(args),
+        problem_(args.forward.problem),
+        group_(group_size(problem_)),
+        most_(most_slots(problem_)),
+        tokens_together_(natten2::cpu::tokens_together(problem_)),
+        query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
+        grad_query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
+        grad_output_(scratch.take(tokens_together_ * group_ * problem_.value_dim)),
+        sum_memory_(scratch.take(RowSum<Acc>::scratch_size(group_ * problem_.head_dim))),
+        key_row_(scratch.take(problem_.head_dim)),
+        value_row_(scratch.take(problem_.value_dim)),
+        weights_(scratch.take(tokens_together_ * group_ * most_)),
+        grad_weights_(scratch.take(tokens_together_ * group_ * problem_.additional)),
+        additional_keys_(scratch.take(problem_.additional * problem_.head_dim)),
+        keys_by_channel_(scratch.take(problem_.additional * problem_.head_dim)),
+        values_by_channel_(scratch.take(problem_.additional * problem_.value_dim)),
+        transposed_(scratch.take(kTransposed * larger(problem_.head_dim, problem_.value_dim))),
+        delta_(scratch.take(group_)),
+        logsumexp_(scratch.take(group_)) {}
+
+  // Writes the products of the queries' grad_output with the additional values.
+  void differentiate_additional(int64_t queries) {
+    const int64_t count = problem_.additional, channels = problem_.value_dim;
+    if (count == 0) return;
+    compute<Acc>(
+        {queries, count, channels, grad_output_, channels, 1, values_by_channel_, count, grad_weights_, count, false});
+  }
+
+  // Turns the scores of a token's queries, of which `query` is the first, into their gradients, and sums the window's
+  // part of the queries' own.
+  void run_token(const Token& token, int64_t query, const BiasSums& grad_rpb) {
+    const int64_t group = group_, most = most_, additional = problem_.additional;
+    const int64_t head_dim = problem_.head_dim, value_dim = problem_.value_dim;
+    const Acc* grad_output = grad_output_ + query * value_dim;
+    Acc* weights = weights_ + query * most;
+    Acc* delta = delta_;
+    const Neighborhood near = neighborhood<Seek::kKeys>(problem_, token);
+    const int64_t slots = score_keys<Storage>(args_.forward, near, key_head_, group_, most_, query_ + query * head_dim,
+                                              weights, key_row_);
+    for (int64_t g = 0; g < group; ++g) logsumexp_[g] = *at<Acc>(args_.forward.logsumexp, token, key_head_ * group + g);
+    if (slots < kShortRow && slots == most)
+      exponentiate_rows(weights, logsumexp_, group, slots);
+    else
+      for (int64_t g = 0; g < group; ++g) exponentiate(weights + g * most, logsumexp_[g], slots);
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t head = key_head_ * group + g;
+      delta[g] = write_delta<Storage>(args_, token, head, grad_output + g * value_dim, value_row_);
+      multiply_centered(grad_weights_ + (query + g) * additional, delta[g], weights + g * most, additional);
+    }
+
+    Scratch<Acc> scratch(sum_memory_);
+    RowSum<Acc> grad_query(scratch, group * head_dim);
+    grad_query.clear();
+    for_each_slot<Storage>(args_.forward, near, key_head_, [&](int64_t slot, const Storage* key, const Storage* value) {
+      const Acc* wide_key = widened(key, key_row_, head_dim);
+      const Acc* wide_value = widened(value, value_row_, value_dim);
+      Acc* sum = grad_query.next();
+      for (int64_t g = 0; g < group; ++g) {
+        Acc& weight = weights[g * most + slot];
+        // From here on the gradient of the score takes the weight's place.
+        weight *= dot(wide_value, grad_output + g * value_dim, value_dim) - delta[g];
+        add_scaled(weight, wide_key, sum + g * head_dim, head_dim);
+      }
+    });
+    copy(grad_query.total(), grad_query_ + query * head_dim, group * head_dim);
+    if (!grad_rpb.data) return;
+    for (int64_t g = 0; g < group; ++g)
+      add_offsets(problem_, near, weights + g * most + additional,
+                  grad_rpb.data + (key_head_ * group + g) * grad_rpb.head_stride);
+  }
+
+  const Backward& args_;
+  const Problem& problem_;
+  const int64_t group_;
+  const int64_t most_;  // slots
+  const int64_t tokens_together_;
+  int64_t batch_ = -1;
+  int64_t key_head_ = -1;
+  Acc* query_;
+  Acc* grad_query_;
+  Acc* grad_output_;
+  Acc* sum_memory_;
+  Acc* key_row_;
+  Acc* value_row_;
+  Acc* weights_;
+  Acc* grad_weights_;  // of the additional keys
+  Acc* additional_keys_;
+  Acc* keys_by_channel_;
+  Acc* values_by_channel_;
+  Acc* transposed_;
+  Acc* delta_;
+  Acc* logsumexp_;
+};
 
 // A task is a share of all blocks, for one key head: with a bias, the part that its gradient is summed over.
 template <class Storage>
@@ -85,30 +195,35 @@ struct GradQueryPass {
   }
 
   static int64_t scratch_bytes(const Backward& args) {
-    const Problem& problem = args.forward.problem;
-    const int64_t sum = RowSum<AccumulateType<Storage>>::scratch_size(problem.head_dim);
-    const int64_t per_head = problem.head_dim + sum + problem.value_dim + 1 + most_slots(problem);
-    return (group_size(problem) * per_head + problem.head_dim + problem.value_dim) * sizeof(AccumulateType<Storage>);
+    return GradQueryOwner<Storage>::scratch_size(args.forward.problem) * sizeof(AccumulateType<Storage>);
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.forward.problem;
-    const int64_t group = group_size(problem), head_stride = args.parts * offsets(problem);
+    GradQueryOwner<Storage> owner(args, scratch);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_head = task / args.parts, part = task % args.parts;
-      double* grad_rpb = args.grad_rpb_parts;
-      if (grad_rpb) {
-        grad_rpb += part * offsets(problem);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-          fill_zero(grad_rpb + head * head_stride, offsets(problem));
-      }
+      const BiasSums grad_rpb = clear_part(args, key_head, part);
       // Rounded so that all parts together are all blocks, each once.
       const int64_t blocks = problem.batch * blocks_per_image(problem);
-      for (int64_t block = blocks * part / args.parts; block < blocks * (part + 1) / args.parts; ++block)
-        for_each_token(problem, block, [&](const Token& token) {
-          backward_token<Storage>(args, token, key_head, grad_rpb, head_stride, scratch);
-        });
+      for (int64_t block = blocks * part / args.parts; block < blocks * (part + 1) / args.parts; ++block) {
+        const int64_t batch = block / blocks_per_image(problem);
+        if (!owner.started(batch, key_head)) owner.start(batch, key_head);
+        for_each_piece(problem, block, tokens_together(problem),
+                       [&](const Token& first, int64_t tokens) { owner.run(first, tokens, grad_rpb); });
+      }
     }
+  }
+
+ private:
+  static BiasSums clear_part(const Backward& args, int64_t key_head, int64_t part) {
+    const Problem& problem = args.forward.problem;
+    if (!args.grad_rpb_parts) return {nullptr, 0};
+    const int64_t group = group_size(problem), size = offsets(problem);
+    const BiasSums sums = {args.grad_rpb_parts + part * size, args.parts * size};
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+      fill_zero(sums.data + head * sums.head_stride, size);
+    return sums;
   }
 };
 
@@ -152,8 +267,6 @@ class KeyOwner {
     store(total, grad_key, head_dim_);
     store(total + head_dim_, grad_value, value_dim_);
   }
-
-  const Backward& args() const { return args_; }
 
   // Room for the weights of the queries, behind the rest of the scratch memory.
   Acc* weights() const { return weights_; }
@@ -241,54 +354,139 @@ struct GradKeyValuePass {
   }
 };
 
-// Additional keys and values are seen by every query: a task is one of them, for one key head.
+// A few additional keys with their values, in the accumulation type, and the sums of their gradients.
+template <class Storage>
+class AdditionalOwner {
+ public:
+  using Acc = AccumulateType<Storage>;
+
+  static constexpr int64_t kMost = 32;
+
+  static int64_t scratch_size(const Problem& problem) {
+    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
+    return (2 * kMost + kQueries) * (head_dim + value_dim) + kQueries * (2 * kMost + 2) +
+           kTransposed * larger(head_dim, value_dim);
+  }
+
+  AdditionalOwner(const Backward& args, void* memory) : AdditionalOwner(args, Scratch<Acc>(memory)) {}
+
+  void start(const AdditionalTokens& tokens) {
+    tokens_ = tokens;
+    load_columns<Storage>(args_.forward.additional_keys, tokens, head_dim_, keys_, transposed_);
+    load_columns<Storage>(args_.forward.additional_values, tokens, value_dim_, values_, transposed_);
+    fill_zero(grad_keys_, tokens.count * head_dim_);
+    fill_zero(grad_values_, tokens.count * value_dim_);
+  }
+
+  void add(const Token& query, int64_t head) {
+    load(at<Storage>(args_.forward.query, query, head), query_ + queries_ * head_dim_, head_dim_);
+    load(at<Storage>(args_.grad_output, query, head), grad_output_ + queries_ * value_dim_, value_dim_);
+    logsumexp_[queries_] = *at<Acc>(args_.forward.logsumexp, query, head);
+    delta_[queries_] = *at<Acc>(args_.delta, query, head);
+    if (++queries_ == kQueries) flush();
+  }
+
+  void finish() {
+    flush();
+    multiply(static_cast<Acc>(args_.forward.problem.scale), grad_keys_, tokens_.count * head_dim_);
+    store_rows<Storage>(args_.grad_additional_keys, tokens_, head_dim_, grad_keys_);
+    store_rows<Storage>(args_.grad_additional_values, tokens_, value_dim_, grad_values_);
+  }
+
+ private:
+  // Queries are collected and done together.
+  static constexpr int64_t kQueries = 128;
+
+  AdditionalOwner(const Backward& args, Scratch<Acc> scratch)
+      : args_(args),
+        head_dim_(args.forward.problem.head_dim),
+        value_dim_(args.forward.problem.value_dim),
+        keys_(scratch.take(kMost * head_dim_)),
+        values_(scratch.take(kMost * value_dim_)),
+        grad_keys_(scratch.take(kMost * head_dim_)),
+        grad_values_(scratch.take(kMost * value_dim_)),
+        query_(scratch.take(kQueries * head_dim_)),
+        grad_output_(scratch.take(kQueries * value_dim_)),
+        weights_(scratch.take(kQueries * kMost)),
+        grad_scores_(scratch.take(kQueries * kMost)),
+        logsumexp_(scratch.take(kQueries)),
+        delta_(scratch.take(kQueries)),
+        transposed_(scratch.take(kTransposed * larger(head_dim_, value_dim_))) {}
+
+  void flush() {
+    const int64_t count = tokens_.count;
+    compute<Acc>({queries_, count, head_dim_, query_, head_dim_, 1, keys_, count, weights_, count, false});
+    compute<Acc>(
+        {queries_, count, value_dim_, grad_output_, value_dim_, 1, values_, count, grad_scores_, count, false});
+    multiply(static_cast<Acc>(args_.forward.problem.scale), weights_, queries_ * count);
+    for (int64_t q = 0; q < queries_; ++q) {
+      exponentiate(weights_ + q * count, logsumexp_[q], count);
+      Acc* grad_scores = grad_scores_ + q * count;
+      for (int64_t n = 0; n < count; ++n) grad_scores[n] = weights_[q * count + n] * (grad_scores[n] - delta_[q]);
+    }
+    compute<Acc>({count, head_dim_, queries_, grad_scores_, 1, count, query_, head_dim_, grad_keys_, head_dim_, true});
+    compute<Acc>(
+        {count, value_dim_, queries_, weights_, 1, count, grad_output_, value_dim_, grad_values_, value_dim_, true});
+    queries_ = 0;
+  }
+
+  const Backward& args_;
+  const int64_t head_dim_;
+  const int64_t value_dim_;
+  AdditionalTokens tokens_ = {};
+  int64_t queries_ = 0;
+  Acc* keys_;    // by channel
+  Acc* values_;  // by channel
+  Acc* grad_keys_;
+  Acc* grad_values_;
+  Acc* query_;
+  Acc* grad_output_;
+  Acc* weights_;
+  Acc* grad_scores_;
+  Acc* logsumexp_;
+  Acc* delta_;
+  Acc* transposed_;
+};
+
+// Additional keys and values are seen by every query: a task is a few of them, for one key head.
 template <class Storage>
 struct GradAdditionalPass {
-  using Acc = AccumulateType<Storage>;
+  using Owner = AdditionalOwner<Storage>;
 
   static int64_t count(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    return problem.batch * problem.key_heads * problem.additional;
+    return problem.batch * problem.key_heads * tiles(problem);
   }
 
   static int64_t work(const Backward& args) {
     const Problem& problem = args.forward.problem;
-    return blocks_per_image(problem) * block_tokens(problem) * group_size(problem) * 2 *
-           (problem.head_dim + problem.value_dim);
+    return blocks_per_image(problem) * block_tokens(problem) * group_size(problem) *
+           smaller(Owner::kMost, problem.additional) * 2 * (problem.head_dim + problem.value_dim);
   }
 
   static int64_t scratch_bytes(const Backward& args) {
-    return (KeyOwner<Storage>::scratch_size(args.forward.problem) + kBlock) * sizeof(Acc);
+    return Owner::scratch_size(args.forward.problem) * sizeof(AccumulateType<Storage>);
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
-    const Forward& forward = args.forward;
-    const Problem& problem = forward.problem;
+    const Problem& problem = args.forward.problem;
     const int64_t group = group_size(problem), blocks = blocks_per_image(problem);
-    KeyOwner<Storage> owner(args, scratch);
+    Owner owner(args, scratch);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t key_head = task / problem.additional % problem.key_heads;
-      const Token extra = {task / problem.additional / problem.key_heads, {0, 0, task % problem.additional}};
-      owner.start(at<Storage>(forward.additional_keys, extra, key_head),
-                  at<Storage>(forward.additional_values, extra, key_head));
-      for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-        for (int64_t block = extra.batch * blocks; block < (extra.batch + 1) * blocks; ++block)
-          add_block(owner, block, head);
-      owner.finish(at<Storage>(args.grad_additional_keys, extra, key_head),
-                   at<Storage>(args.grad_additional_values, extra, key_head));
+      const int64_t first = task % tiles(problem) * Owner::kMost;
+      const int64_t batch = task / tiles(problem) / problem.key_heads;
+      const int64_t key_head = task / tiles(problem) % problem.key_heads;
+      owner.start({batch, key_head, first, smaller(Owner::kMost, problem.additional - first)});
+      for (int64_t block = batch * blocks; block < (batch + 1) * blocks; ++block)
+        for_each_token(problem, block, [&](const Token& query) {
+          for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) owner.add(query, head);
+        });
+      owner.finish();
     }
   }
 
  private:
-  static void add_block(KeyOwner<Storage>& owner, int64_t block, int64_t head) {
-    const Problem& problem = owner.args().forward.problem;
-    int64_t count = 0;
-    for_each_token(problem, block,
-                   [&](const Token& query) { owner.weights()[count++] = owner.centered_score(query, head); });
-    exponentiate(owner.weights(), Acc(0), count);
-    const Acc* weight = owner.weights();
-    for_each_token(problem, block, [&](const Token& query) { owner.add(query, head, *weight++); });
-  }
+  static int64_t tiles(const Problem& problem) { return (problem.additional + Owner::kMost - 1) / Owner::kMost; }
 };
 
 }  // namespace NATTEN2_ISA

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "product.h"
 #include "traverse.h"
 #include "vector.h"
 
@@ -12,36 +13,53 @@ inline namespace NATTEN2_ISA {
 // The query heads that share a key head are done together, so that each key and value is loaded once for all of them.
 inline int64_t group_size(const Problem& problem) { return problem.heads / problem.key_heads; }
 
-// What a query sees: the keys of its window first, then the additional ones.
-inline int64_t most_slots(const Problem& problem) { return most_found<Seek::kKeys>(problem) + problem.additional; }
+// The slots of a query: the additional keys first, then those of its window.
+inline int64_t most_slots(const Problem& problem) { return problem.additional + most_found<Seek::kKeys>(problem); }
 
-// Visits every key that a query sees, with the slot it goes to, and the same tokens' values.
+// Every query sees the additional keys, so that many queries are multiplied with them together.
+inline int64_t tokens_together(const Problem& problem) {
+  constexpr int64_t kQueries = 16;
+  return problem.additional == 0 ? 1 : (kQueries + group_size(problem) - 1) / group_size(problem);
+}
+
+// Visits the keys of a query's window, with their slots, and the same tokens' values; returns the number of slots.
 template <class Storage, class Visit>
 inline int64_t for_each_slot(const Forward& args, const Neighborhood& near, int64_t key_head, Visit&& visit) {
   const Problem& problem = args.problem;
   const int64_t key_step = run_step(problem, args.key), value_step = run_step(problem, args.value);
-  int64_t slot = 0;
+  int64_t slot = problem.additional;
   for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
     const Storage* key = at<Storage>(args.key, run.first, key_head);
     const Storage* value = at<Storage>(args.value, run.first, key_head);
     for (int64_t j = 0; j < run.count; ++j) visit(slot++, key + j * key_step, value + j * value_step);
   });
-  for (int64_t n = 0; n < problem.additional; ++n) {
-    const Token token = {near.token.batch, {0, 0, n}};
-    visit(slot++, at<Storage>(args.additional_keys, token, key_head),
-          at<Storage>(args.additional_values, token, key_head));
-  }
   return slot;
 }
 
-// Writes the queries `[group, head_dim]` and their scores `[group, most_slots]`; returns the number of slots.
+// Writes the scores `[queries, most_slots]` of the additional keys, which are given by channel.
+template <class Acc>
+inline void score_additional(const Problem& problem, int64_t queries, int64_t most, const Acc* query, const Acc* keys,
+                             Acc* scores) {
+  const int64_t count = problem.additional, channels = problem.head_dim;
+  if (count == 0) return;
+  compute<Acc>({queries, count, channels, query, channels, 1, keys, count, scores, most, false});
+}
+
+// Adds the additional rows `[additional, channels]`, weighted, to the sums `[queries, channels]`.
+template <class Acc>
+inline void add_additional(const Problem& problem, int64_t queries, int64_t most, const Acc* weights, const Acc* rows,
+                           int64_t channels, Acc* sums) {
+  const int64_t count = problem.additional;
+  if (count == 0) return;
+  compute<Acc>({queries, channels, count, weights, most, 1, rows, channels, sums, channels, true});
+}
+
+// Writes a query's scores `[group, most_slots]` beside the products with the additional keys, which are scaled too;
+// returns the number of slots.
 template <class Storage, class Acc>
-int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_head, Acc* query, Acc* scores, Acc* row) {
+int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_head, int64_t group, int64_t most,
+                   const Acc* query, Acc* scores, Acc* row) {
   const Problem& problem = args.problem;
-  const int64_t group = group_size(problem), most = most_slots(problem);
-  for (int64_t g = 0; g < group; ++g) {
-    load(at<Storage>(args.query, near.token, key_head * group + g), query + g * problem.head_dim, problem.head_dim);
-  }
   const int64_t slots =
       for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage* key, const Storage*) {
         const Acc* wide = widened(key, row, problem.head_dim);
@@ -52,6 +70,7 @@ int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_he
     Acc* score = scores + g * most;
     multiply(static_cast<Acc>(problem.scale), score, slots);
     if (!args.rpb) continue;
+    score += problem.additional;
     const Acc* rpb = static_cast<const Acc*>(args.rpb) + (key_head * group + g) * offsets(problem);
     for_each_run<Seek::kKeys>(problem, near, [&](const Run& run) {
       for (int64_t j = 0; j < run.count; ++j) *score++ += rpb[run.bias + j];
@@ -63,6 +82,11 @@ int64_t score_keys(const Forward& args, const Neighborhood& near, int64_t key_he
 // Turns scores into weights that sum to 1, and returns their log-sum-exp.
 template <class Acc>
 inline Acc softmax(Acc* scores, int64_t slots) {
+  if (slots == 1 && std::isfinite(scores[0])) {
+    const Acc score = scores[0];
+    scores[0] = 1;
+    return score;
+  }
   const Acc most = maximum(scores, slots);
   const Acc shift = std::isfinite(most) ? most : 0;
   const double total = exponentiate(scores, shift, slots);
@@ -71,33 +95,130 @@ inline Acc softmax(Acc* scores, int64_t slots) {
   return static_cast<Acc>(shift + std::log(total));
 }
 
-template <class Storage>
-void forward_token(const Forward& args, const Token& token, int64_t key_head, void* memory) {
-  using Acc = AccumulateType<Storage>;
-  const Problem& problem = args.problem;
-  const int64_t group = group_size(problem), most = most_slots(problem), value_dim = problem.value_dim;
-  Scratch<Acc> scratch(memory);
-  Acc* query = scratch.take(group * problem.head_dim);
-  RowSum<Acc> output(scratch, group * value_dim);
-  Acc* weights = scratch.take(group * most);
-  Acc* row = scratch.take(larger(problem.head_dim, value_dim));
-
-  const Neighborhood near = neighborhood<Seek::kKeys>(problem, token);
-  const int64_t slots = score_keys<Storage>(args, near, key_head, query, weights, row);
-  for (int64_t g = 0; g < group; ++g)
-    *at<Acc>(args.logsumexp, token, key_head * group + g) = softmax(weights + g * most, slots);
-
-  output.clear();
-  for_each_slot<Storage>(args, near, key_head, [&](int64_t slot, const Storage*, const Storage* value) {
-    const Acc* wide = widened(value, row, value_dim);
-    Acc* sum = output.next();
-    for (int64_t g = 0; g < group; ++g) add_scaled(weights[g * most + slot], wide, sum + g * value_dim, value_dim);
-  });
-  const Acc* total = output.total();
-  for (int64_t g = 0; g < group; ++g)
-    store(total + g * value_dim, at<Storage>(args.output, token, key_head * group + g), value_dim);
+// The same for short rows that follow each other; writes their log-sum-exps.
+template <class Acc>
+inline void softmax_rows(Acc* scores, int64_t rows, int64_t slots, Acc* logsumexp) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const Acc most = maximum(scores + row * slots, slots);
+    logsumexp[row] = std::isfinite(most) ? most : 0;
+  }
+  exponentiate_rows(scores, logsumexp, rows, slots);
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc total = 0;
+    for (int64_t i = 0; i < slots; ++i) total += scores[row * slots + i];
+    multiply(1 / total, scores + row * slots, slots);
+    logsumexp[row] += std::log(total);
+  }
 }
 
+// Writes one row for each query head of a key head, `[group, channels]`.
+template <class Storage, class Acc>
+inline void load_heads(const View& view, const Token& token, int64_t key_head, int64_t group, int64_t channels,
+                       Acc* out) {
+  for (int64_t g = 0; g < group; ++g)
+    load(at<Storage>(view, token, key_head * group + g), out + g * channels, channels);
+}
+
+template <class Storage, class Acc>
+inline void store_heads(const View& view, const Token& token, int64_t key_head, int64_t group, int64_t channels,
+                        const Acc* rows) {
+  for (int64_t g = 0; g < group; ++g)
+    store(rows + g * channels, at<Storage>(view, token, key_head * group + g), channels);
+}
+
+// Computes the outputs of one key head's queries.
+template <class Storage>
+class QueryOwner {
+ public:
+  using Acc = AccumulateType<Storage>;
+
+  static int64_t scratch_size(const Problem& problem) {
+    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim, group = group_size(problem);
+    const int64_t queries = tokens_together(problem) * group;
+    const int64_t additional = problem.additional * (head_dim + value_dim) + kTransposed * head_dim;
+    return queries * (head_dim + value_dim + most_slots(problem)) + RowSum<Acc>::scratch_size(group * value_dim) +
+           larger(head_dim, value_dim) + group + additional;
+  }
+
+  QueryOwner(const Forward& args, void* memory) : QueryOwner(args, Scratch<Acc>(memory)) {}
+
+  void start(int64_t batch, int64_t key_head) {
+    key_head_ = key_head;
+    const AdditionalTokens tokens = {batch, key_head, 0, problem_.additional};
+    load_columns<Storage>(args_.additional_keys, tokens, problem_.head_dim, additional_keys_, transposed_);
+    load_rows<Storage>(args_.additional_values, tokens, problem_.value_dim, additional_values_);
+  }
+
+  void run(const Token& first, int64_t tokens) {
+    const int64_t query_size = group_ * problem_.head_dim, output_size = group_ * problem_.value_dim;
+    for (int64_t t = 0; t < tokens; ++t)
+      load_heads<Storage>(args_.query, after(first, t), key_head_, group_, problem_.head_dim, query_ + t * query_size);
+    score_additional(problem_, tokens * group_, most_, query_, additional_keys_, weights_);
+    for (int64_t t = 0; t < tokens; ++t)
+      run_window(after(first, t), query_ + t * query_size, weights_ + t * group_ * most_, output_ + t * output_size);
+    add_additional(problem_, tokens * group_, most_, weights_, additional_values_, problem_.value_dim, output_);
+    for (int64_t t = 0; t < tokens; ++t)
+      store_heads<Storage>(args_.output, after(first, t), key_head_, group_, problem_.value_dim,
+                           output_ + t * output_size);
+  }
+
+ private:
+  QueryOwner(const Forward& args, Scratch<Acc> scratch)
+      : args_(args),
+        problem_(args.problem),
+        group_(group_size(problem_)),
+        most_(most_slots(problem_)),
+        tokens_together_(natten2::cpu::tokens_together(problem_)),
+        query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
+        output_(scratch.take(tokens_together_ * group_ * problem_.value_dim)),
+        sum_memory_(scratch.take(RowSum<Acc>::scratch_size(group_ * problem_.value_dim))),
+        row_(scratch.take(larger(problem_.head_dim, problem_.value_dim))),
+        weights_(scratch.take(tokens_together_ * group_ * most_)),
+        additional_keys_(scratch.take(problem_.additional * problem_.head_dim)),
+        additional_values_(scratch.take(problem_.additional * problem_.value_dim)),
+        transposed_(scratch.take(kTransposed * problem_.head_dim)),
+        logsumexp_(scratch.take(group_)) {}
+
+  // Finishes the weights of one token's queries, and sums the values of their window.
+  void run_window(const Token& token, const Acc* query, Acc* weights, Acc* output) {
+    const int64_t group = group_, most = most_, value_dim = problem_.value_dim;
+    const Neighborhood near = neighborhood<Seek::kKeys>(problem_, token);
+    const int64_t slots = score_keys<Storage>(args_, near, key_head_, group_, most_, query, weights, row_);
+    if (1 < slots && slots < kShortRow && slots == most)
+      softmax_rows(weights, group, slots, logsumexp_);
+    else
+      for (int64_t g = 0; g < group; ++g) logsumexp_[g] = softmax(weights + g * most, slots);
+    for (int64_t g = 0; g < group; ++g) *at<Acc>(args_.logsumexp, token, key_head_ * group + g) = logsumexp_[g];
+
+    Scratch<Acc> scratch(sum_memory_);
+    RowSum<Acc> output_sum(scratch, group * value_dim);
+    output_sum.clear();
+    for_each_slot<Storage>(args_, near, key_head_, [&](int64_t slot, const Storage*, const Storage* value) {
+      const Acc* wide = widened(value, row_, value_dim);
+      Acc* sum = output_sum.next();
+      for (int64_t g = 0; g < group; ++g) add_scaled(weights[g * most + slot], wide, sum + g * value_dim, value_dim);
+    });
+    copy(output_sum.total(), output, group * value_dim);
+  }
+
+  const Forward& args_;
+  const Problem& problem_;
+  const int64_t group_;
+  const int64_t most_;  // slots
+  const int64_t tokens_together_;
+  int64_t key_head_ = 0;
+  Acc* query_;
+  Acc* output_;
+  Acc* sum_memory_;
+  Acc* row_;
+  Acc* weights_;
+  Acc* additional_keys_;  // by channel
+  Acc* additional_values_;
+  Acc* transposed_;
+  Acc* logsumexp_;
+};
+
+// A task is a block of one key head.
 template <class Storage>
 struct ForwardPass {
   static int64_t count(const Forward& args) {
@@ -110,18 +231,19 @@ struct ForwardPass {
   }
 
   static int64_t scratch_bytes(const Forward& args) {
-    const Problem& problem = args.problem;
-    const int64_t per_head =
-        problem.head_dim + RowSum<AccumulateType<Storage>>::scratch_size(problem.value_dim) + most_slots(problem);
-    const int64_t row = larger(problem.head_dim, problem.value_dim);
-    return (group_size(problem) * per_head + row) * sizeof(AccumulateType<Storage>);
+    return QueryOwner<Storage>::scratch_size(args.problem) * sizeof(AccumulateType<Storage>);
   }
 
   static void run(const Forward& args, int64_t begin, int64_t end, void* scratch) {
-    for (int64_t task = begin; task < end; ++task)
-      for_each_token_and_key_head(args.problem, task, [&](const Token& token, int64_t key_head) {
-        forward_token<Storage>(args, token, key_head, scratch);
-      });
+    const Problem& problem = args.problem;
+    const int64_t blocks = blocks_per_image(problem);
+    QueryOwner<Storage> owner(args, scratch);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t batch = task / blocks / problem.key_heads, key_head = task / blocks % problem.key_heads;
+      if (task == begin || task % blocks == 0) owner.start(batch, key_head);
+      for_each_piece(problem, batch * blocks + task % blocks, tokens_together(problem),
+                     [&](const Token& first, int64_t tokens) { owner.run(first, tokens); });
+    }
   }
 };
 

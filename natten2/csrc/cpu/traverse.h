@@ -35,14 +35,28 @@ inline int64_t blocks_per_image(const Problem& problem) {
 
 inline int64_t block_tokens(const Problem& problem) { return smaller(kBlock, problem.axes[2].length); }
 
+inline Token first_token(const Problem& problem, int64_t block) {
+  const int64_t line = block / blocks_per_line(problem);
+  const int64_t size0 = problem.axes[0].length, size1 = problem.axes[1].length;
+  return {line / size1 / size0, {line / size1 % size0, line % size1, block % blocks_per_line(problem) * kBlock}};
+}
+
+inline Token after(Token token, int64_t steps) {
+  token.index[2] += steps;
+  return token;
+}
+
+// Visits a block in pieces of at most so many tokens.
+template <class Visit>
+inline void for_each_piece(const Problem& problem, int64_t block, int64_t most, Visit&& visit) {
+  const Token first = first_token(problem, block);
+  const int64_t count = smaller(kBlock, problem.axes[2].length - first.index[2]);
+  for (int64_t done = 0; done < count; done += most) visit(after(first, done), smaller(most, count - done));
+}
+
 template <class Visit>
 inline void for_each_token(const Problem& problem, int64_t block, Visit&& visit) {
-  const int64_t line = block / blocks_per_line(problem);
-  const int64_t first = block % blocks_per_line(problem) * kBlock;
-  const int64_t last = smaller(first + kBlock, problem.axes[2].length);
-  const int64_t size0 = problem.axes[0].length, size1 = problem.axes[1].length;
-  Token token = {line / size1 / size0, {line / size1 % size0, line % size1, first}};
-  for (; token.index[2] < last; ++token.index[2]) visit(token);
+  for_each_piece(problem, block, 1, [&](const Token& token, int64_t) { visit(token); });
 }
 
 // A task is a block of one key head. The blocks of a key head in an image stand together, since what they read
@@ -86,7 +100,8 @@ inline Neighborhood neighborhood(const Problem& problem, const Token& token) {
   result.token = token;
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = problem.axes[a];
-    const int64_t position = token.index[a] / axis.dilation, group = token.index[a] % axis.dilation;
+    const int64_t position = quotient(token.index[a], axis.dilation);
+    const int64_t group = token.index[a] - position * axis.dilation;
     const int64_t length = group_length(axis, group);
     result.group[a] = group;
     result.position[a] = position;

@@ -45,6 +45,11 @@ inline void fill_zero(Acc* x, int64_t n) {
 }
 
 template <class Acc>
+inline void copy(const Acc* x, Acc* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+}
+
+template <class Acc>
 inline void multiply(Acc factor, Acc* x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
@@ -129,6 +134,18 @@ inline double exponentiate(Acc* x, Acc shift, int64_t n) {
     total += sum;
   }
   return total;
+}
+
+// Rows shorter than this leave most of a vector empty.
+constexpr int64_t kShortRow = 16;
+
+// Replaces x by e^(x - shift of its row) in rows that follow each other, which share vectors where they are short.
+template <class Acc>
+inline void exponentiate_rows(Acc* x, const Acc* shift, int64_t rows, int64_t n) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < n; ++i) x[row * n + i] -= shift[row];
+#pragma omp simd
+  for (int64_t i = 0; i < rows * n; ++i) x[i] = exponential(x[i]);
 }
 
 // NaN counts as smallest.
