@@ -60,7 +60,7 @@ void require_channels(const Tensor& tensor, const char* name) {
 }
 
 // Expanded tensors can be larger than memory, and sizes computed from them must not overflow.
-constexpr int64_t kMostAdditional = int64_t{1} << 40;
+constexpr int64_t kMostAdditional = int64_t{1} << 32;
 
 Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
   try {
@@ -128,7 +128,7 @@ Problem make_problem(const Inputs& inputs, const Parameters& parameters) {
   require(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, "key",
           "must have a divisor of query's heads");
   require(problem.value_dim > 0, "value", "must have channels");
-  require(problem.additional <= kMostAdditional, "additional_keys", "must have at most 2^40 tokens");
+  require(problem.additional <= kMostAdditional, "additional_keys", "must have at most 2^32 tokens");
   std::fill(std::begin(problem.axes), std::end(problem.axes), Axis{1, 1, 1, 1, false});
   for (int axis = 0; axis < rank; ++axis) {
     const Axis along = {query.size(1 + axis), parameters.kernel_size[axis], parameters.stride[axis],

@@ -23,7 +23,7 @@ _ACCUMULATE_DTYPES = {
     torch.float16: torch.float32,
 }
 # Expanded tensors can be larger than memory: sizes that kernels compute must not overflow.
-_MAX_ADDITIONAL = 2**40
+_MAX_ADDITIONAL = 2**32
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 
