@@ -9,7 +9,7 @@ from torch import Tensor
 
 from natten2.ops import reference
 
-__all__ = ["gather_attention", "swin_attention"]
+__all__ = ["gather_attention", "swin_attention", "swin_sdpa_attention"]
 
 
 def gather_attention(
@@ -56,6 +56,16 @@ def swin_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
     return _reverse(scores.softmax(dim=-1) @ blocks[2], window, query.shape)
 
 
+def swin_sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: int, scale: float
+) -> Tensor:
+    """:func:`swin_attention` with PyTorch's fused attention on the blocks, which takes the bias as a mask."""
+    blocks = [_partition(tensor, window) for tensor in (query, key, value)]
+    bias = None if rpb is None else _expand_bias(rpb, window).unsqueeze(0)
+    output = torch.nn.functional.scaled_dot_product_attention(*blocks, attn_mask=bias, scale=scale)
+    return _reverse(output, window, query.shape)
+
+
 def _partition(tensor: Tensor, window: int) -> Tensor:
     """`[B, height, width, H, D]` as `[B * blocks, H, window * window, D]`."""
     batch, height, width, heads, channels = tensor.shape
@@ -74,13 +84,13 @@ def _expand_bias(rpb: Tensor, window: int) -> Tensor:
     """`[H, 2 * window - 1, 2 * window - 1]` as `[H, window * window, window * window]`."""
     # `index_select`, since the backward of `rpb[:, index]` would add entry by entry.
     tokens = window * window
-    return rpb.flatten(1).index_select(1, _relative_index(window)).view(-1, tokens, tokens)
+    return rpb.flatten(1).index_select(1, _relative_index(window, rpb.device)).view(-1, tokens, tokens)
 
 
 @lru_cache(maxsize=4)
-def _relative_index(window: int) -> Tensor:
+def _relative_index(window: int, device: torch.device) -> Tensor:
     """Index into the flattened bias for every pair of tokens in a block, row-major over (query, key)."""
-    axis = torch.arange(window)
+    axis = torch.arange(window, device=device)
     token = torch.cartesian_prod(axis, axis)
     offset = token[None, :] - token[:, None] + window - 1
     return (offset[..., 0] * (2 * window - 1) + offset[..., 1]).flatten()

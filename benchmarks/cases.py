@@ -123,12 +123,14 @@ CASES = (
 )
 
 
-def make_inputs(case: Case, dtype: torch.dtype, *, requires_grad: bool = False) -> Inputs:
-    """Contiguous tensors from the standard normal distribution, the same ones in every run."""
-    generator = torch.Generator().manual_seed(0)
+def make_inputs(
+    case: Case, dtype: torch.dtype, *, requires_grad: bool = False, device: torch.device | str = "cpu"
+) -> Inputs:
+    """Contiguous tensors from the standard normal distribution, the same ones in every run on a kind of device."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_(requires_grad)
+        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_(requires_grad)
 
     key_heads = case.key_heads or case.heads
     grid, channels = (case.batch, *case.spatial), case.head_dim

@@ -101,15 +101,27 @@ def _measure(
     return interleave(runs, settings, clock_for(thread_count))
 
 
-def check(name: str, results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+def check(
+    name: str,
+    results: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    tolerance: float,
+    smallest_rms: float = _SMALLEST_RMS,
+) -> None:
     """Compares an output and its gradients with the reference's.
+
+    Args:
+        name: What is checked, for the error.
+        results, expected: The output, then gradients.
+        tolerance: Largest error, relative to the expected norm.
+        smallest_rms: The error of a tensor whose root mean square is expected to be smaller is relative to this.
 
     Raises:
         WrongResultError: One is further away, relative to the expected norm, than `tolerance`, or not a number.
     """
     for index, (result, right) in enumerate(zip(results, expected, strict=True)):
         right = right.detach()
-        smallest = _SMALLEST_RMS * right.numel() ** 0.5
+        smallest = smallest_rms * right.numel() ** 0.5
         error = float((result.detach() - right).norm()) / max(float(right.norm()), smallest)
         if not error <= tolerance:
             part = "output" if index == 0 else f"gradient {index}"

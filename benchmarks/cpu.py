@@ -14,7 +14,7 @@ from benchmarks.compare import DTYPES, MODES, compare
 from benchmarks.report import describe_machine, format_records, write_json
 from benchmarks.timing import Settings, clock_for
 
-__all__ = ["QUICK", "add_arguments", "main"]
+__all__ = ["QUICK", "add_arguments", "main", "positive"]
 
 QUICK = Settings(rounds=3, warmups=1, min_seconds=0.002)
 
@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--threads", type=_positive, default=1, help="more than one are timed by the wall clock")
-    parser.add_argument(
-        "--rounds", type=_positive, help=f"samples of each implementation, by default {Settings.rounds}"
-    )
+    parser.add_argument("--threads", type=positive, default=1, help="more than one are timed by the wall clock")
+    parser.add_argument("--rounds", type=positive, help=f"samples of each implementation, by default {Settings.rounds}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
     parser.add_argument("--quick", action="store_true", help="few and short samples: for a first look, not for a claim")
 
@@ -55,7 +53,8 @@ def main(options: argparse.Namespace) -> None:
         write_json(options.json, content)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's whole number, at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

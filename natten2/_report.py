@@ -8,6 +8,7 @@ import platform
 import torch
 
 from natten2 import __version__, _extension
+from natten2.ops.cuda import unusable_triton
 from natten2.ops.schemas import LIBRARY, na_backward, na_forward
 
 __all__ = ["report"]
@@ -67,12 +68,19 @@ def _support(operator: torch._ops.OpOverload, device_type: str) -> str:
     key = device_type.upper()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key):
         return "no kernel: the operator raises NotImplementedError"
-    if f"{operator.namespace}/{operator._opname}/{key}" in LIBRARY._op_impls:
+    if device_type == "cuda":
+        kernel = "Triton kernels"
+    elif f"{operator.namespace}/{operator._opname}/{key}" in LIBRARY._op_impls:
         kernel = "plain PyTorch reference"
     else:
         kernel = f"C++ kernels ({_extension.cpu_capability()})" if device_type == "cpu" else "compiled kernels"
     is_here = torch.get_device_module(device_type).device_count() > 0
     dtypes = _dtypes(operator, device_type if is_here else "meta")
+    if device_type == "cuda":
+        reasons = {dtype: unusable_triton(getattr(torch, dtype), 1, 1, None) for dtype in dtypes}
+        dtypes = [dtype for dtype, reason in reasons.items() if reason is None]
+        if not dtypes:
+            return f"{kernel} that can't run: {reasons['float32']}"
     return f"{kernel}: {', '.join(dtypes)}{'' if is_here else ' (untried)'}"
 
 

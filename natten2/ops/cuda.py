@@ -1,0 +1,76 @@
+"""The kernels of CUDA devices, AMD's among them, and the rule that chooses one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from natten2.ops.schemas import LIBRARY
+
+__all__ = ["unusable_triton"]
+
+_MAX_HEAD_DIM = 256
+_MIN_TRITON = (3, 6)
+_MIN_CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unusable_triton(
+    dtype: torch.dtype, head_dim: int, value_dim: int, capability: tuple[int, int] | None
+) -> str | None:
+    """Why the Triton kernels can't run, or `None` where they can.
+
+    Args:
+        dtype: The tensors' dtype.
+        head_dim: Channels of queries and keys.
+        value_dim: Channels of values.
+        capability: Compute capability of an NVIDIA GPU, `None` for another maker's.
+    """
+    if dtype not in _DTYPES:
+        return f"query must have dtype {' or '.join(map(str, _DTYPES))} on a CUDA device, got {dtype}"
+    if max(head_dim, value_dim) > _MAX_HEAD_DIM:
+        return f"head_dim must be at most {_MAX_HEAD_DIM} on a CUDA device, got {max(head_dim, value_dim)}"
+    if capability is not None and capability < _MIN_CAPABILITY:
+        return "the GPU must have compute capability 8.0 or later, got {}.{}".format(*capability)
+    return _unusable_package()
+
+
+@cache
+def _unusable_package() -> str | None:
+    wanted = "Triton {}.{} or later is needed".format(*_MIN_TRITON)
+    if importlib.util.find_spec("triton") is None:
+        return f"{wanted}, and none is installed"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= _MIN_TRITON else f"{wanted}, got {triton.__version__}"
+
+
+def _register(name: str) -> None:
+    @cache
+    def load() -> Callable[..., tuple[Tensor, ...]]:
+        from natten2.ops.triton import launch
+
+        return getattr(launch, name)
+
+    def kernel(*args: object) -> tuple[Tensor, ...]:
+        query, _, value = (args if name == "na_forward" else args[2:])[:3]
+        reason = unusable_triton(query.dtype, query.shape[-1], value.shape[-1], _capability(query.device))
+        if reason is not None:
+            raise NotImplementedError(f"natten2::{name} has no kernel for this call: {reason}")
+        return load()(*args)
+
+    LIBRARY.impl(name, kernel, "CUDA")
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+for _name in ("na_forward", "na_backward"):
+    _register(_name)

@@ -1,0 +1,186 @@
+"""The Triton kernels without a GPU: interpreted, against the oracle, and compiled for GPUs that are not here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from problems import Problem, golden_cases, packed, problems, random_problem, with_layout
+from test_kernels import REFERENCE, check_golden, run
+
+pytest.importorskip("triton")
+
+from benchmarks.triton_build import SHARED_MEMORY_LIMITS, TARGETS
+from natten2.ops import cuda
+from natten2.ops.triton import launch
+from natten2.ops.triton.tiles import choose_tiling, span
+from natten2.window import key_bounds
+
+KERNELS = (launch.na_forward, launch.na_backward)
+SOME = range(0, len(golden_cases()), 7)
+# The interpreter multiplies bfloat16 wrongly, so that only a GPU can run it.
+DTYPES = (torch.float32, torch.float16)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter takes about 10 ms for each program.
+    monkeypatch.setattr(launch, "_PROGRAMS", 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", SOME)
+def test_golden(index: int, dtype: torch.dtype):
+    check_golden(golden_cases()[index], dtype, KERNELS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", [index for index in range(len(golden_cases())) if index not in SOME])
+def test_golden_all(index: int, dtype: torch.dtype):
+    check_golden(golden_cases()[index], dtype, KERNELS)
+
+
+def check_reference(problem: Problem) -> None:
+    results, grads = run(problem.to(torch.float32), KERNELS)
+    expected, expected_grads = run(problem, REFERENCE)
+    for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
+        assert result.shape == wanted.shape
+        error = torch.linalg.vector_norm(result.double() - wanted)
+        assert error <= 1e-5 * max(1.0, torch.linalg.vector_norm(wanted).item())
+
+
+@settings(max_examples=12)
+@given(problems(max_tokens=120, min_batch=0))
+def test_kernels_are_the_reference(problem: Problem):
+    check_reference(problem)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        random_problem((40, 36), (33, 30), batch=1, heads=1),
+        random_problem((300,), (150,), batch=1, stride=(8,), additional=70),
+        random_problem((300,), (150,), batch=1, heads=1, is_causal=(True,), dilation=(2,)),
+        random_problem((7, 10, 18), (6, 9, 17), batch=1, heads=1, is_causal=(True, False, False)),
+    ],
+    ids=["image", "stride", "causal", "volume"],
+)
+def test_windows_of_many_boxes(problem: Problem):
+    check_reference(problem)
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 17, 64, 129, 256])
+def test_every_head_dim(head_dim: int):
+    problem = random_problem((5, 6), (3, 4), batch=1, head_dim=head_dim, value_dim=max(1, head_dim - 1), additional=2)
+    check_reference(with_layout(problem, packed))
+
+
+def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_MAX_INT32", 0)
+    check_reference(random_problem((9, 7), (3, 5), dilation=(2, 1), bias=True, additional=3))
+
+
+@settings(max_examples=200)
+@given(problems(max_tokens=200, min_batch=1))
+def test_a_span_bounds_the_keys_of_a_tile(problem: Problem):
+    axes = zip(problem.spatial, problem.kernel_size, problem.stride, problem.is_causal, strict=True)
+    for length, kernel_size, stride, is_causal in axes:
+        for tile in (1, 2, 4, 8):
+            for first in range(0, length, tile):
+                last = min(first + tile, length) - 1
+                begin, _ = key_bounds(first, length, kernel_size, stride, is_causal)
+                _, end = key_bounds(last, length, kernel_size, stride, is_causal)
+                assert end - begin <= span(tile, kernel_size, stride, is_causal)
+
+
+def test_the_tiling_of_an_image_is_not_a_row():
+    tiling = choose_tiling((7, 7), (1, 1), (False, False), 32, 32)
+    assert tiling.tile == (8, 8)
+    assert tiling.box == (14, 14)
+
+
+def test_results_do_not_depend_on_the_batch():
+    # Every number has one owner, whose work is the same for any number of programs.
+    problem = random_problem((9, 9), (5, 5), batch=2, dtype=torch.float32)
+    both, _ = run(problem, KERNELS)
+    alone = launch.na_forward(*(None if x is None else x[1:] for x in problem.tensors), *problem.parameters)
+    assert torch.equal(both[0][1:], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((torch.float64, 32, 32, (9, 0)), "query must have dtype torch.float32 or .* got torch.float64"),
+        ((torch.float32, 257, 32, (9, 0)), "head_dim must be at most 256 .* got 257"),
+        ((torch.float16, 32, 300, (9, 0)), "head_dim must be at most 256 .* got 300"),
+        ((torch.float16, 32, 32, (7, 5)), "compute capability 8.0 or later, got 7.5"),
+    ],
+)
+def test_what_the_kernels_cannot_do_has_a_reason(arguments: tuple, reason: str):
+    assert cuda.unusable_triton(torch.float16, 32, 32, (8, 0)) is None
+    assert re.search(reason, cuda.unusable_triton(*arguments))
+
+
+@pytest.mark.parametrize("operator", ["na_forward", "na_backward"])
+def test_cuda_has_kernels(operator: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"natten2::{operator}", "CUDA")
+
+
+PROGRAM = """
+import torch
+from benchmarks import triton_build
+from natten2.ops.triton import forward, launch
+from triton.runtime.driver import driver
+
+driver.set_active(triton_build._Driver(90))
+for batch, height, width in ((1, 56, 56), (3, 57, 64), (16, 7, 113), (2, 16, 16)):
+    query = torch.empty(batch, height, width, 4, 32, dtype=torch.float16, device="meta")
+    for dilation in (1, 2, 1):
+        gaps = (dilation if height > 7 else 1, dilation)
+        launch.na_forward(query, query, query, None, None, None, (7, 7), (1, 1), gaps, (False, False), 1.0)
+print(len(forward.forward_kernel.device_caches[0][0]))
+"""
+
+
+def compiling(*command: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_new_size_or_dilation_compiles_nothing():
+    assert compiling("-c", PROGRAM).stdout.strip() == "1"
+
+
+def check_builds(path: Path, target: int, *options: str) -> None:
+    compiling("-m", "benchmarks", "triton", "--target", str(target), "--json", str(path), *options)
+    matrix = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[target]
+    builds = json.loads(path.read_text())["builds"]
+    assert {build["kernel"] for build in builds} >= {"forward_kernel", "grad_query_kernel", "grad_key_value_kernel"}
+    for build in builds:
+        name = f"{build['case']} {build['kernel']}"
+        assert build["shared_memory"] <= SHARED_MEMORY_LIMITS[target], name
+        if build["case"] != "nat-float32":
+            assert build["instructions"][matrix] > 0, name
+        if target == 90 and build["case"] in ("nat", "hdit", "flux", "sequence", "volume"):
+            assert build["instructions"]["LDL"] == build["instructions"]["STL"] == 0, name
+
+
+def test_builds_for_hopper(tmp_path: Path):
+    check_builds(tmp_path / "builds.json", 90)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != 90])
+def test_builds_for_other_gpus(tmp_path: Path, target: int):
+    check_builds(tmp_path / "builds.json", target)
