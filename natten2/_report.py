@@ -75,7 +75,8 @@ def _support(operator: torch._ops.OpOverload, device_type: str) -> str:
     else:
         kernel = f"C++ kernels ({_extension.cpu_capability()})" if device_type == "cpu" else "compiled kernels"
     is_here = torch.get_device_module(device_type).device_count() > 0
-    dtypes = _dtypes(operator, device_type if is_here else "meta")
+    # For CUDA there is a rule to ask.
+    dtypes = _dtypes(operator, device_type if is_here and device_type != "cuda" else "meta")
     if device_type == "cuda":
         reasons = {dtype: unusable_triton(getattr(torch, dtype), 1, 1, None) for dtype in dtypes}
         dtypes = [dtype for dtype, reason in reasons.items() if reason is None]

@@ -56,8 +56,8 @@ def check_reference(problem: Problem) -> None:
         assert error <= 1e-5 * max(1.0, torch.linalg.vector_norm(wanted).item())
 
 
-@settings(max_examples=12)
-@given(problems(max_tokens=120, min_batch=0))
+@settings(max_examples=6)
+@given(problems(max_tokens=24, min_batch=0))
 def test_kernels_are_the_reference(problem: Problem):
     check_reference(problem)
 
