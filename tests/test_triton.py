@@ -68,7 +68,10 @@ def test_kernels_are_the_reference(problem: Problem):
         random_problem((40, 36), (33, 30), batch=1, heads=1),
         random_problem((300,), (150,), batch=1, stride=(8,), additional=70),
         random_problem((300,), (150,), batch=1, heads=1, is_causal=(True,), dilation=(2,)),
-        random_problem((7, 10, 18), (6, 9, 17), batch=1, heads=1, is_causal=(True, False, False)),
+        pytest.param(
+            random_problem((7, 10, 18), (6, 9, 17), batch=1, heads=1, is_causal=(True, False, False)),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["image", "stride", "causal", "volume"],
 )
