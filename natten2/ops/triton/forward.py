@@ -1,206 +1,129 @@
-"""The forward kernel: online softmax over the keys of a tile of queries, in base 2."""
+"""The forward kernel: online softmax over the keys of a tile of queries."""
 
 import triton
 import triton.language as tl
 
+from natten2.ops.triton.arithmetic import LN_2, accumulate, add_infinite, has_nan, hide, pair_scores, zeros
 from natten2.ops.triton.geometry import (
-    bias_offsets,
-    box_tokens,
     cover,
+    divide_steps,
     find_tile,
-    inner_box,
     is_empty,
-    load_rows,
+    load_additional,
+    load_tokens,
     locate,
     offsets,
-    outer_box,
-    store_rows,
-    tile_tokens,
-    tokens_bounds,
+    own,
+    step_tokens,
+    store_tokens,
     transparent,
     visibility,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def product(left, right, PRECISION: tl.constexpr):
-    """`left @ right`, summed in float32."""
-    return tl.dot(left, right, input_precision="ieee" if PRECISION == "split" else PRECISION)
-
-
-@triton.jit
-def add_product(left, right, accumulator, PRECISION: tl.constexpr):
-    """`left @ right`, added to the accumulator; `left` is in float32.
-
-    The precision "split" takes `left` as the sum of two numbers in right's dtype. Where the terms of a sum cancel, as
-    those of `dS` do, rounding them once would cost more than rounding the result does.
-    """
-    rounded = left.to(right.dtype)
-    if PRECISION == "split":
-        rest = (left - rounded.to(tl.float32)).to(right.dtype)
-        accumulator = tl.dot(rest, right, accumulator)
-        accumulator = tl.dot(rounded, right, accumulator)
-    else:
-        accumulator = tl.dot(rounded, right, accumulator, input_precision=PRECISION)
-    return accumulator
-
-
-@triton.jit
-def add_bias(scores, rpb, head, rows, columns, visible):
-    """Adds the bias, in base 2, where it is visible; `rows` and `columns` are `bias_offsets` to add."""
-    pointers = rpb.data + head.to(tl.int64) * transparent(rpb.head_stride) + rows[:, None] + columns[None, :]
-    return scores + tl.load(pointers, mask=visible, other=0.0).to(tl.float32) * LOG2_E
-
-
-@triton.jit
-def accumulate(scores, value, output, peak, total, PRECISION: tl.constexpr):
-    """One step of the online softmax."""
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    # Where every key so far is hidden, -inf - -inf would be NaN.
-    finite = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - finite[:, None])
-    shrink = tl.exp2(peak - finite)
-    total = total * shrink + tl.sum(weights, 1)
-    output = add_product(weights, value, output * shrink[:, None], PRECISION)
-    return output, higher, total
-
 
 @triton.jit
 def forward_kernel(
-    query,
-    key,
-    value,
-    rpb,
-    additional_keys,
-    additional_values,
-    output,
+    inputs,
+    output,  # [parts * B, *S, H, V]
     logsumexp,
     lengths,
     dilation,
-    sizes,  # heads, query heads per key head, additional keys
+    sizes,  # batch, heads, query heads per key head, additional keys
     scale,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    ALIGN: tl.constexpr,
-    INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    VOLUME: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    tile, index = find_tile(tl.program_id(0), lengths, dilation, TILE, INDEX)
+    tile, index = find_tile(tl.program_id(0), lengths, dilation, PLAN)
     if is_empty(tile):
         return
-    heads, group, additional = transparent(sizes[0]), transparent(sizes[1]), transparent(sizes[2])
-    head, batch = index % heads, index // heads
-    positions, exists = tile_tokens(tile, TILE, BLOCK_M, INDEX)
-    begins, ends = tokens_bounds(tile, positions, KERNEL_SIZE, STRIDE, IS_CAUSAL, False)
-    boxes = cover(tile, TILE, BOX, KERNEL_SIZE, STRIDE, IS_CAUSAL, False)
-    q = load_rows(
-        locate(query, tile, batch, head, dilation, ALIGN),
-        offsets(query, positions, dilation, ALIGN),
-        exists,
-        HEAD_DIM,
-        BLOCK_D,
-        False,
-    )
-    keys = locate(key, tile, batch, head // group, dilation, ALIGN)
-    values = locate(value, tile, batch, head // group, dilation, ALIGN)
-    scale *= LOG2_E
-    result = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    CHUNKS: tl.constexpr = (VOLUME + BLOCK_N - 1) // BLOCK_N
-    inner_total = 0 if VOLUME != BLOCK_N else boxes.inner_total
-
-    for i in range(inner_total):
-        partners, there = box_tokens(boxes, inner_box(i, boxes), 0, tile, BOX, VOLUME, BLOCK_N, INDEX)
-        k = load_rows(keys, offsets(key, partners, dilation, ALIGN), there, HEAD_DIM, BLOCK_D, False)
-        scores = product(q, tl.trans(k), PRECISION) * scale
-        if rpb is not None:
-            columns = bias_offsets(rpb.token_strides, partners)
-            rows = _bias_rows(rpb, positions, KERNEL_SIZE)
-            scores = add_bias(scores, rpb, head, rows, columns, exists[:, None])
-        v = load_rows(values, offsets(value, partners, dilation, ALIGN), there, VALUE_DIM, BLOCK_V, False)
-        result, peak, total = accumulate(scores, v, result, peak, total, PRECISION)
-
-    border = boxes.outer_total if VOLUME == BLOCK_N else boxes.outer_total + boxes.inner_total
-    for i in range(border * CHUNKS):
-        if VOLUME == BLOCK_N:
-            box = outer_box(i, boxes)
-        else:
-            box = _any_box(i // CHUNKS, boxes)
-        partners, there = box_tokens(boxes, box, i % CHUNKS, tile, BOX, VOLUME, BLOCK_N, INDEX)
-        visible = visibility(begins, ends, partners)
-        k = load_rows(keys, offsets(key, partners, dilation, ALIGN), there, HEAD_DIM, BLOCK_D, True)
-        scores = product(q, tl.trans(k), PRECISION) * scale
-        if rpb is not None:
-            columns = bias_offsets(rpb.token_strides, partners)
-            rows = _bias_rows(rpb, positions, KERNEL_SIZE)
-            scores = add_bias(scores, rpb, head, rows, columns, visible)
-        scores = tl.where(visible, scores, float("-inf"))
-        v = load_rows(values, offsets(value, partners, dilation, ALIGN), there, VALUE_DIM, BLOCK_V, True)
-        result, peak, total = accumulate(scores, v, result, peak, total, PRECISION)
-
-    if additional_keys is not None:
-        keys = _locate_additional(additional_keys, batch, head // group, ALIGN)
-        values = _locate_additional(additional_values, batch, head // group, ALIGN)
-        for first in range(0, additional, BLOCK_N):
-            token = (first + tl.arange(0, BLOCK_N)).to(INDEX)
-            there = token < additional
-            rows = token * (transparent(additional_keys.token_strides[0]) * ALIGN)
-            k = load_rows(keys, rows, there, HEAD_DIM, BLOCK_D, True)
-            scores = product(q, tl.trans(k), PRECISION) * scale
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            rows = token * (transparent(additional_values.token_strides[0]) * ALIGN)
-            v = load_rows(values, rows, there, VALUE_DIM, BLOCK_V, True)
-            result, peak, total = accumulate(scores, v, result, peak, total, PRECISION)
-
-    store_rows(
-        locate(output, tile, batch, head, dilation, ALIGN),
-        offsets(output, positions, dilation, ALIGN),
-        exists,
-        result / total[:, None],
-        VALUE_DIM,
-        BLOCK_V,
-    )
-    lse = (peak + tl.log2(total)) * LN_2
-    tl.store(
-        locate(logsumexp, tile, batch, head, dilation, 1) + offsets(logsumexp, positions, dilation, 1),
-        lse,
-        mask=exists,
-    )
+    heads = transparent(sizes[1])
+    owned = own(tile, index // heads, index % heads, PLAN)
+    if _attend(owned, inputs, output, logsumexp, sizes, scale, False, PLAN):
+        _attend(owned, inputs, output, logsumexp, sizes, scale, True, PLAN)
 
 
 @triton.jit
-def _bias_rows(rpb, positions, KERNEL_SIZE: tl.constexpr):
-    result = (KERNEL_SIZE[0] - 1 - positions[0]) * transparent(rpb.token_strides[0])
-    for axis in tl.static_range(1, len(positions)):
-        result += (KERNEL_SIZE[axis] - 1 - positions[axis]) * transparent(rpb.token_strides[axis])
-    return result
+def _attend(owned, inputs, output, logsumexp, sizes, scale, IS_CLEAN: tl.constexpr, PLAN: tl.constexpr):
+    """Computes and stores the result of a tile, and returns whether it holds a NaN."""
+    tile, batch, head = owned.tile, owned.batch, owned.head
+    group, additional = transparent(sizes[2]), transparent(sizes[3])
+    q = load_tokens(inputs.query, tile, batch, head, owned.positions, None, "head_dim", PLAN)
+    boxes = cover(tile, PLAN)
+    inner, outer, end = divide_steps(boxes, PLAN)
+    result = zeros("value_dim", PLAN)
+    total = tl.sum(result, 1)
+    peak = total - float("inf")
+
+    if not IS_CLEAN:
+        if PLAN.volume == PLAN.block_n:
+            for step in range(inner, outer):
+                result, peak, total = _visit(
+                    step, boxes, owned, q, inputs, group, scale, result, peak, total, "inner", False, PLAN
+                )
+        for step in range(outer, end):
+            result, peak, total = _visit(
+                step, boxes, owned, q, inputs, group, scale, result, peak, total, "outer", False, PLAN
+            )
+    else:
+        for step in range(inner, end):
+            result, peak, total = _visit(
+                step, boxes, owned, q, inputs, group, scale, result, peak, total, "any", True, PLAN
+            )
+    if inputs.additional_keys is not None:
+        for first in range(0, additional if tl.program_id(1) == 0 else 0, PLAN.block_n):
+            result, peak, total = _visit_additional(
+                first, additional, owned, q, inputs, group, scale, result, peak, total, PLAN
+            )
+    # A part may hold no key that a query sees.
+    result = tl.where(total[:, None] == 0, 0.0, result / total[:, None])
+    if IS_CLEAN:
+        for i in range(3 * (end - inner)):
+            partners, exists = step_tokens(inner + i // 3, boxes, tile, "any", PLAN)
+            v = load_tokens(inputs.value, tile, batch, head // group, partners, exists, "value_dim", PLAN)
+            result = add_infinite(result, visibility(owned, partners), v, (i % 3 - 1) * float("inf"))
+
+    batch += tl.program_id(1) * transparent(sizes[0])
+    store_tokens(output, owned, batch, result, "value_dim", PLAN)
+    pointers = locate(logsumexp, batch, head, 1) + offsets(logsumexp, tile, owned.positions, 1)
+    tl.store(pointers, (peak + tl.log2(total)) * LN_2, mask=owned.exists)
+    return has_nan(result)
 
 
 @triton.jit
-def _any_box(index, boxes):
-    result = ()
-    for axis in tl.static_range(len(boxes.count) - 1, 0, -1):
-        result = (index % boxes.count[axis],) + result
-        index = index // boxes.count[axis]
-    return (index,) + result
+def _visit(
+    step,
+    boxes,
+    owned,
+    q,
+    inputs,
+    group,
+    scale,
+    result,
+    peak,
+    total,
+    KIND: tl.constexpr,
+    IS_CLEAN: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    tile, batch, key_head = owned.tile, owned.batch, owned.head // group
+    partners, exists = step_tokens(step, boxes, tile, KIND, PLAN)
+    if KIND == "inner":
+        visible, exists = None, None
+    else:
+        visible = visibility(owned, partners)
+    k = load_tokens(inputs.key, tile, batch, key_head, partners, exists, "head_dim", PLAN)
+    scores = pair_scores(owned, partners, q, k, inputs.rpb, owned.head, visible, scale, PLAN)
+    scores = hide(scores, visible, float("-inf"))
+    v = load_tokens(inputs.value, tile, batch, key_head, partners, exists, "value_dim", PLAN)
+    return accumulate(scores, v, result, peak, total, IS_CLEAN, PLAN)
 
 
 @triton.jit
-def _locate_additional(operand, batch, head, ALIGN: tl.constexpr):
-    offset = batch.to(tl.int64) * transparent(operand.batch_stride)
-    offset += head.to(tl.int64) * transparent(operand.head_stride)
-    return operand.data + offset * ALIGN
+def _visit_additional(first, additional, owned, q, inputs, group, scale, result, peak, total, PLAN: tl.constexpr):
+    key_head = owned.head // group
+    tokens = (first + tl.arange(0, PLAN.block_n)).to(PLAN.index)
+    exists = tokens < additional
+    k = load_additional(inputs.additional_keys, owned.batch, key_head, tokens, exists, "head_dim", PLAN)
+    scores = pair_scores(owned, (tokens,), q, k, None, owned.head, None, scale, PLAN)
+    scores = hide(scores, exists[None, :], float("-inf"))
+    v = load_additional(inputs.additional_values, owned.batch, key_head, tokens, exists, "value_dim", PLAN)
+    return accumulate(scores, v, result, peak, total, False, PLAN)

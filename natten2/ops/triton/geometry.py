@@ -15,11 +15,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Operand"]
+__all__ = ["Channels", "Inputs", "Operand", "Plan"]
+
+
+class Channels(NamedTuple):
+    """Channels of a token."""
+
+    count: int
+    block: int  # the power of two that registers hold; matrix instructions take 16 or more
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for; a batch, a size, or a dilation is not among it."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    owns_keys: bool
+    head_dim: Channels
+    value_dim: Channels
+    align: int  # elements that divide every stride
+    index: tl.dtype  # of offsets inside a batch entry
+    precision: str  # of products, see `natten2.ops.triton.arithmetic`
+    tile: tuple[int, ...]  # tokens that a program owns, along each axis
+    box: tuple[int, ...]  # partners that are numbered through, along each axis
+    volume: int  # of a box
+    block_m: int  # tokens of a tile
+    block_n: int  # partners per step
 
 
 class Operand(NamedTuple):
-    """A tensor of tokens as kernels take it. Strides are in units of `ALIGN` elements and go through `opaque`."""
+    """A tensor of tokens as kernels take it. Strides are in units of `Plan.align` elements and go through `opaque`."""
 
     data: Tensor
     batch_stride: int
@@ -27,16 +53,40 @@ class Operand(NamedTuple):
     head_stride: int
 
 
+class Inputs(NamedTuple):
+    """The operator's tensors, as forward and backward kernels take them."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    rpb: Operand | None  # an offset's strides, from its second dimension on, as tokens' ones
+    additional_keys: Operand | None
+    additional_values: Operand | None
+
+
 class Tile(NamedTuple):
-    """A program's tile; every entry has one value per axis."""
+    """Where a tile lies; every entry has one value per axis."""
 
     group: tuple  # residue class
     first: tuple  # position of the first token
     length: tuple  # positions in the group
+    gap: tuple  # tokens from one position to the next
+
+
+class Owned(NamedTuple):
+    """The tokens that a program owns."""
+
+    tile: Tile
+    batch: int
+    head: int
+    positions: tuple  # along each axis; a token that doesn't exist has the position of one that does
+    exists: tl.tensor
+    begins: tuple  # where each token's partners begin along each axis
+    ends: tuple
 
 
 class Boxes(NamedTuple):
-    """The boxes that cover a tile's partners; every entry but the totals has one value per axis."""
+    """The boxes that cover a tile's partners, visited in steps; every entry but the totals has one value per axis."""
 
     begin: tuple  # position where box 0 begins
     count: tuple
@@ -83,19 +133,12 @@ def query_bounds(position, length, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constex
 
 
 @triton.jit
-def partner_bounds(
-    position,
-    length,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    OWNS_KEYS: tl.constexpr,
-):
+def partner_bounds(position, length, AXIS: tl.constexpr, PLAN: tl.constexpr):
     """The partners of a token along one axis, as a half-open interval of positions."""
-    if OWNS_KEYS:
-        begin, end = query_bounds(position, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+    if PLAN.owns_keys:
+        begin, end = query_bounds(position, length, PLAN.kernel_size[AXIS], PLAN.stride[AXIS], PLAN.is_causal[AXIS])
     else:
-        begin, end = key_bounds(position, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        begin, end = key_bounds(position, length, PLAN.kernel_size[AXIS], PLAN.stride[AXIS], PLAN.is_causal[AXIS])
     return begin, end
 
 
@@ -110,19 +153,42 @@ def digits(index, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def find_tile(index, lengths, dilation, TILE: tl.constexpr, INDEX: tl.constexpr):
+def find_tile(index, lengths, dilation, PLAN: tl.constexpr):
     """Tile number `index`, row-major over the axes, by dilation group along each; and what is left of the index."""
-    group, first, length = (), (), ()
-    for axis in tl.static_range(len(TILE) - 1, -1, -1):
+    group, first, length, gaps = (), (), (), ()
+    for axis in tl.static_range(len(PLAN.tile) - 1, -1, -1):
         gap = transparent(dilation[axis])
         size = transparent(lengths[axis])
-        tiles = tl.cdiv(tl.cdiv(size, gap), TILE[axis])
+        tiles = tl.cdiv(tl.cdiv(size, gap), PLAN.tile[axis])
         along = index % (tiles * gap)
         index = index // (tiles * gap)
-        group = ((along // tiles).to(INDEX),) + group
-        first = ((along % tiles * TILE[axis]).to(INDEX),) + first
-        length = (((size + gap - 1 - along // tiles) // gap).to(INDEX),) + length
-    return Tile(group, first, length), index
+        group = ((along // tiles).to(PLAN.index),) + group
+        first = ((along % tiles * PLAN.tile[axis]).to(PLAN.index),) + first
+        length = (((size + gap - 1 - along // tiles) // gap).to(PLAN.index),) + length
+        gaps = (gap,) + gaps
+    return Tile(group, first, length, gaps), index
+
+
+@triton.jit
+def whole_grid(lengths, PLAN: tl.constexpr):
+    """The token grid as one dilation group."""
+    zero, one, length = (), (), ()
+    for axis in tl.static_range(len(PLAN.tile)):
+        size = transparent(lengths[axis]).to(PLAN.index)
+        length = length + (size,)
+        zero = zero + (size * 0,)
+        one = one + (size * 0 + 1,)
+    return Tile(zero, zero, length, one)
+
+
+@triton.jit
+def coordinates(index, tile):
+    """Row-major coordinates in a dilation group."""
+    result = ()
+    for axis in tl.static_range(len(tile.length) - 1, -1, -1):
+        result = (index % tile.length[axis],) + result
+        index = index // tile.length[axis]
+    return result
 
 
 @triton.jit
@@ -135,62 +201,40 @@ def is_empty(tile):
 
 
 @triton.jit
-def tile_tokens(tile, TILE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
-    """The positions of a tile's tokens, and whether they exist; one that doesn't stands in for the last that does."""
-    local = digits(tl.arange(0, BLOCK).to(INDEX), TILE)
-    exists = tl.arange(0, BLOCK) >= 0
-    positions = ()
-    for axis in tl.static_range(len(TILE)):
+def own(tile, batch, head, PLAN: tl.constexpr):
+    """A tile's tokens; one that doesn't exist stands in for the last that does."""
+    TILE: tl.constexpr = PLAN.tile
+    local = digits(tl.arange(0, PLAN.block_m).to(PLAN.index), TILE)
+    exists = tl.arange(0, PLAN.block_m) >= 0
+    positions, begins, ends = (), (), ()
+    for axis in tl.static_range(len(PLAN.tile)):
+        length = tile.length[axis]
         position = tile.first[axis] + local[axis]
-        exists = exists & (position < tile.length[axis])
-        positions = positions + (tl.minimum(position, tile.length[axis] - 1),)
-    return positions, exists
-
-
-@triton.jit
-def tokens_bounds(
-    tile,
-    positions,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    OWNS_KEYS: tl.constexpr,
-):
-    """The begin and the end of every token's partners along each axis."""
-    begins, ends = (), ()
-    for axis in tl.static_range(len(KERNEL_SIZE)):
-        begin, end = partner_bounds(
-            positions[axis], tile.length[axis], KERNEL_SIZE[axis], STRIDE[axis], IS_CAUSAL[axis], OWNS_KEYS
-        )
+        exists = exists & (position < length)
+        position = tl.minimum(position, length - 1)
+        begin, end = partner_bounds(position, length, axis, PLAN)
+        positions = positions + (position,)
         begins = begins + (begin,)
         ends = ends + (end,)
-    return begins, ends
+    return Owned(tile, batch, head, positions, exists, begins, ends)
 
 
 @triton.jit
-def cover(
-    tile,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    OWNS_KEYS: tl.constexpr,
-):
-    """The boxes that cover a tile's partners, from the outer begin on."""
+def cover(tile, PLAN: tl.constexpr):
+    """The boxes that cover a tile's partners, from the outer begin on; where one takes many steps, all are outer."""
     begins, count, inner_first, inner_count = (), (), (), ()
     total = tile.first[0] * 0 + 1
     inner_total = total
-    for axis in tl.static_range(len(TILE)):
-        length = tile.length[axis]
-        last = tl.minimum(tile.first[axis] + (TILE[axis] - 1), length - 1)
-        begin, inner_end = partner_bounds(
-            tile.first[axis], length, KERNEL_SIZE[axis], STRIDE[axis], IS_CAUSAL[axis], OWNS_KEYS
-        )
-        inner_begin, end = partner_bounds(last, length, KERNEL_SIZE[axis], STRIDE[axis], IS_CAUSAL[axis], OWNS_KEYS)
-        boxes = tl.cdiv(end - begin, BOX[axis])
-        inner = tl.cdiv(inner_begin - begin, BOX[axis])
-        inner_boxes = tl.maximum((inner_end - begin) // BOX[axis] - inner, 0)
+    for axis in tl.static_range(len(PLAN.tile)):
+        length, side = tile.length[axis], PLAN.box[axis]
+        last = tl.minimum(tile.first[axis] + (PLAN.tile[axis] - 1), length - 1)
+        begin, inner_end = partner_bounds(tile.first[axis], length, axis, PLAN)
+        inner_begin, end = partner_bounds(last, length, axis, PLAN)
+        boxes = tl.cdiv(end - begin, side)
+        inner = tl.cdiv(inner_begin - begin, side)
+        inner_boxes = tl.maximum((inner_end - begin) // side - inner, 0)
+        if PLAN.volume != PLAN.block_n:
+            inner_boxes = inner_boxes * 0
         begins = begins + (begin,)
         count = count + (boxes,)
         inner_first = inner_first + (inner,)
@@ -251,82 +295,141 @@ def _product_after(values, AXIS: tl.constexpr):
 
 
 @triton.jit
-def box_tokens(
-    boxes, box, chunk, tile, BOX: tl.constexpr, VOLUME: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
-):
-    """The positions of one chunk of a box's tokens, and whether they exist; one that doesn't lies far outside."""
-    flat = chunk * BLOCK + tl.arange(0, BLOCK)
-    local = digits(flat.to(INDEX), BOX)
-    exists = flat < VOLUME
+def divide_steps(boxes, PLAN: tl.constexpr):
+    """Where a part's steps through inner boxes begin, where those through outer ones do, and where these end.
+
+    Steps through all boxes of a tile go first through the inner ones; each of its programs takes a part of them.
+    """
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    steps = boxes.inner_total + boxes.outer_total * (PLAN.volume // PLAN.block_n + (PLAN.volume % PLAN.block_n > 0))
+    begin, end = steps * part // parts, steps * (part + 1) // parts
+    return begin, tl.maximum(begin, tl.minimum(end, boxes.inner_total)), end
+
+
+@triton.jit
+def step_tokens(step, boxes, tile, KIND: tl.constexpr, PLAN: tl.constexpr):
+    """The positions of a step's partners, and whether they exist; one that doesn't lies far outside.
+
+    The kind says in which boxes this step is: "inner", "outer", or "any".
+    """
+    CHUNKS: tl.constexpr = PLAN.volume // PLAN.block_n + (PLAN.volume % PLAN.block_n > 0)
+    flat = tl.arange(0, PLAN.block_n)
+    if KIND == "inner":
+        box = inner_box(step, boxes)
+    else:
+        outer = tl.maximum(step - boxes.inner_total, 0)
+        box = outer_box(outer // CHUNKS, boxes)
+        flat += outer % CHUNKS * PLAN.block_n
+        if KIND == "any" and CHUNKS == 1:
+            box = select(step < boxes.inner_total, inner_box(step, boxes), box)
+    BOX: tl.constexpr = PLAN.box
+    local = digits(flat.to(PLAN.index), BOX)
+    exists = flat < PLAN.volume
     positions = ()
-    for axis in tl.static_range(len(BOX)):
-        position = boxes.begin[axis] + box[axis] * BOX[axis] + local[axis]
+    for axis in tl.static_range(len(PLAN.box)):
+        position = boxes.begin[axis] + box[axis] * PLAN.box[axis] + local[axis]
         if axis == 0:
-            position = tl.where(flat < VOLUME, position, tile.length[0] + BOX[0])
+            position = tl.where(flat < PLAN.volume, position, tile.length[0] + PLAN.box[0])
         exists = exists & (position < tile.length[axis])
         positions = positions + (position,)
     return positions, exists
 
 
 @triton.jit
-def visibility(begins, ends, positions):
-    """Whether token `i` of a tile meets partner `j`, as `[tokens, partners]`."""
-    result = (positions[0][None, :] >= begins[0][:, None]) & (positions[0][None, :] < ends[0][:, None])
-    for axis in tl.static_range(1, len(begins)):
-        result = result & (positions[axis][None, :] >= begins[axis][:, None])
-        result = result & (positions[axis][None, :] < ends[axis][:, None])
+def select(condition, left, right):
+    """`tl.where` of tuples."""
+    result = ()
+    for axis in tl.static_range(len(left)):
+        result = result + (tl.where(condition, left[axis], right[axis]),)
     return result
 
 
 @triton.jit
-def locate(operand, tile, batch, head, dilation, ALIGN: tl.constexpr):
-    """A pointer to position 0 of a tile's dilation group."""
+def visibility(owned, positions):
+    """Whether owned token `i` meets partner `j`, as `[tokens, partners]`."""
+    result = (positions[0][None, :] >= owned.begins[0][:, None]) & (positions[0][None, :] < owned.ends[0][:, None])
+    for axis in tl.static_range(1, len(positions)):
+        result = result & (positions[axis][None, :] >= owned.begins[axis][:, None])
+        result = result & (positions[axis][None, :] < owned.ends[axis][:, None])
+    return result
+
+
+@triton.jit
+def locate(operand, batch, head, ALIGN: tl.constexpr):
+    """A pointer to a head of the first token."""
     offset = batch.to(tl.int64) * transparent(operand.batch_stride)
     offset += head.to(tl.int64) * transparent(operand.head_stride)
-    for axis in tl.static_range(len(tile.group)):
-        offset += tile.group[axis].to(tl.int64) * transparent(operand.token_strides[axis])
     return operand.data + offset * ALIGN
 
 
 @triton.jit
-def offsets(operand, positions, dilation, ALIGN: tl.constexpr):
-    """Where tokens lie, in elements from `locate`'s pointer."""
-    result = positions[0] * (transparent(dilation[0]) * transparent(operand.token_strides[0]))
-    for axis in tl.static_range(1, len(positions)):
-        result += positions[axis] * (transparent(dilation[axis]) * transparent(operand.token_strides[axis]))
-    return result * ALIGN
+def offsets(operand, tile, positions, ALIGN: tl.constexpr):
+    """Where tokens of a dilation group lie, in elements from `locate`'s pointer."""
+    first, result = tile.group[0] * 0, positions[0] * 0
+    for axis in tl.static_range(len(positions)):
+        stride = transparent(operand.token_strides[axis])
+        first += tile.group[axis] * stride
+        result += positions[axis] * (tile.gap[axis] * stride)
+    return (first + result) * ALIGN
 
 
 @triton.jit
-def bias_offsets(strides, positions):
-    """What positions contribute to their index into the bias: a key's minus its query's is the pair's."""
-    result = positions[0] * transparent(strides[0])
-    for axis in tl.static_range(1, len(positions)):
-        result += positions[axis] * transparent(strides[axis])
+def load_tokens(operand, tile, batch, head, positions, exists, DIM: tl.constexpr, PLAN: tl.constexpr):
+    """Channels of tokens as `[tokens, channels]`: `DIM` says which; `exists` is `None` where all tokens do."""
+    ALIGN: tl.constexpr = PLAN.align
+    return load_rows(locate(operand, batch, head, ALIGN), offsets(operand, tile, positions, ALIGN), exists, DIM, PLAN)
+
+
+@triton.jit
+def load_scalars(operand, tile, batch, head, positions, exists):
+    """One number for each token; `exists` is `None` where all of them do."""
+    pointers = locate(operand, batch, head, 1) + offsets(operand, tile, positions, 1)
+    if exists is None:
+        result = tl.load(pointers)
+    else:
+        result = tl.load(pointers, mask=exists, other=0.0)
     return result
 
 
 @triton.jit
-def load_rows(pointer, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of `WIDTH` channels as `[rows, BLOCK]`, zeros where there is no row or channel."""
-    channels = tl.arange(0, BLOCK)
+def load_additional(operand, batch, head, tokens, exists, DIM: tl.constexpr, PLAN: tl.constexpr):
+    """`load_tokens` of additional keys or values."""
+    ALIGN: tl.constexpr = PLAN.align
+    rows = tokens * (transparent(operand.token_strides[0]) * ALIGN)
+    return load_rows(locate(operand, batch, head, ALIGN), rows, exists, DIM, PLAN)
+
+
+@triton.jit
+def store_tokens(operand, owned, batch, values, DIM: tl.constexpr, PLAN: tl.constexpr):
+    """The inverse of `load_tokens`, of owned tokens and in the dtype of the operand."""
+    ALIGN: tl.constexpr = PLAN.align
+    rows = offsets(operand, owned.tile, owned.positions, ALIGN)
+    store_rows(locate(operand, batch, owned.head, ALIGN), rows, owned.exists, values, DIM, PLAN)
+
+
+@triton.jit
+def load_rows(pointer, rows, exists, DIM: tl.constexpr, PLAN: tl.constexpr):
+    """Rows of channels as `[rows, channels]`, zeros where there is no row or channel."""
+    CHANNELS: tl.constexpr = PLAN.head_dim if DIM == "head_dim" else PLAN.value_dim
+    channels = tl.arange(0, CHANNELS.block)
     pointers = pointer + rows[:, None] + channels[None, :]
-    if MASKED:
-        if WIDTH == BLOCK:
-            result = tl.load(pointers, mask=exists[:, None], other=0.0)
-        else:
-            result = tl.load(pointers, mask=exists[:, None] & (channels < WIDTH)[None, :], other=0.0)
-    else:
-        if WIDTH == BLOCK:
+    if exists is None:
+        if CHANNELS.count == CHANNELS.block:
             result = tl.load(pointers)
         else:
-            result = tl.load(pointers, mask=(channels < WIDTH)[None, :], other=0.0)
+            result = tl.load(pointers, mask=(channels < CHANNELS.count)[None, :], other=0.0)
+    else:
+        if CHANNELS.count == CHANNELS.block:
+            result = tl.load(pointers, mask=exists[:, None], other=0.0)
+        else:
+            result = tl.load(pointers, mask=exists[:, None] & (channels < CHANNELS.count)[None, :], other=0.0)
     return result
 
 
 @triton.jit
-def store_rows(pointer, rows, exists, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(pointer, rows, exists, values, DIM: tl.constexpr, PLAN: tl.constexpr):
     """The inverse of `load_rows`, in the dtype of the pointer."""
-    channels = tl.arange(0, BLOCK)
-    mask = exists[:, None] & (channels < WIDTH)[None, :]
+    CHANNELS: tl.constexpr = PLAN.head_dim if DIM == "head_dim" else PLAN.value_dim
+    channels = tl.arange(0, CHANNELS.block)
+    mask = exists[:, None] & (channels < CHANNELS.count)[None, :]
     tl.store(pointer + rows[:, None] + channels[None, :], values.to(pointer.dtype.element_ty), mask=mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from math import prod
 
 import torch
@@ -12,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from natten2.ops.triton.backward import (
+    Upstream,
     grad_additional_kernel,
     grad_bias_kernel,
     grad_key_value_kernel,
     grad_query_kernel,
 )
 from natten2.ops.triton.forward import forward_kernel
-from natten2.ops.triton.geometry import Operand
+from natten2.ops.triton.geometry import Channels, Inputs, Operand, Plan
 from natten2.ops.triton.tiles import Tiling, choose_tiling
 
 __all__ = ["na_backward", "na_forward", "opaque"]
@@ -27,7 +29,9 @@ __all__ = ["na_backward", "na_forward", "opaque"]
 _MAX_INT32 = 2**31 - 2**20
 # Sums with few owners are taken in parts, for about this many programs; a constant, so that results are the same bits.
 _PROGRAMS = 1024
-_LARGE_WINDOW = 1024
+# A part of a tile's steps takes at least so many, for each costs a partial result.
+_PART_STEPS = 8
+_SPLIT_WINDOW = 1024
 
 
 def opaque(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -57,27 +61,32 @@ def na_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Computes `natten2::na_forward`; arguments and results are the operator's, and were checked."""
-    value_dim = value.shape[-1]
-    output = query.new_empty((*query.shape[:-1], value_dim))
-    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    output_shape = (*query.shape[:-1], value.shape[-1])
     if query.shape[0] == 0:
-        return output, logsumexp
-    tensors = (query, key, value, additional_keys, additional_values, output)
-    call = _Call(tensors, kernel_size, stride, dilation, is_causal)
+        return query.new_empty(output_shape), query.new_empty(output_shape[:-1], dtype=torch.float32)
+    inputs = (query, key, value, rpb, additional_keys, additional_values)
+    call = _Call(inputs, (output_shape,), kernel_size, stride, dilation, is_causal)
+    parts = call.parts(query.shape[-2])
+    output = _new_parts(parts, query, output_shape)
+    logsumexp = query.new_empty((*output.shape[:-1], 1), dtype=torch.float32)
     with _on_device(query):
-        forward_kernel[(call.tiles * query.shape[-2],)](
-            *map(call.operand, tensors[:3]),
-            _bias(rpb),
-            *map(call.operand, tensors[3:]),
-            operand(logsumexp.unsqueeze(-1)),
+        forward_kernel[(call.tiles * query.shape[-2], parts)](
+            call.inputs,
+            call.operand(output),
+            operand(logsumexp),
             call.lengths,
             call.dilation,
             call.sizes(query.shape[-2]),
             scale,
-            **call.constants,
-            **call.tiling_constants,
+            call.plan,
+            **call.query_options,
         )
-    return output, logsumexp
+    if parts == 1:
+        return output, logsumexp.squeeze(-1)
+    outputs, logsumexps = (x.unflatten(0, (parts, -1)) for x in (output, logsumexp))
+    logsumexp = logsumexps.logsumexp(0)
+    output = torch.linalg.vecdot(outputs, (logsumexps - logsumexp).exp(), dim=0)
+    return output.to(query.dtype), logsumexp.squeeze(-1)
 
 
 def na_backward(
@@ -104,80 +113,82 @@ def na_backward(
     # Gradients come as autograd made them, expanded from one number even.
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    grad_query, grad_key, grad_value = (query.new_empty(x.shape) for x in (query, key, value))
     delta = torch.linalg.vecdot(grad_output.float(), output.float())
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
-    tensors = (query, key, value, additional_keys, additional_values, grad_output, grad_query, grad_key, grad_value)
-    call = _Call(tensors, kernel_size, stride, dilation, is_causal, is_backward=True)
+    shapes = [x.shape for x in (query, key, value)]
+    call = _Call(inputs, shapes, kernel_size, stride, dilation, is_causal, grad_output=grad_output)
+    upstream = Upstream(call.operand(grad_output), *(operand(x.unsqueeze(-1)) for x in (logsumexp, delta)))
     heads, key_heads = query.shape[-2], key.shape[-2]
-    q, k, v, extra_k, extra_v, grad, *grads = map(call.operand, tensors)
-    rows = (operand(logsumexp.unsqueeze(-1)), operand(delta.unsqueeze(-1)))
-    bias = _bias(rpb)
     with _on_device(query):
-        grad_query_kernel[(call.tiles * heads,)](
-            q,
-            k,
-            v,
-            bias,
-            extra_k,
-            extra_v,
-            grad,
-            *rows,
-            grads[0],
+        parts = call.parts(heads)
+        grad_query = _new_parts(parts, query, shapes[0])
+        grad_query_kernel[(call.tiles * heads, parts)](
+            call.inputs,
+            upstream,
+            call.operand(grad_query),
             call.lengths,
             call.dilation,
             call.sizes(heads),
             scale,
-            **call.constants,
-            **call.tiling_constants,
+            call.plan,
+            **call.query_options,
         )
-        grad_key_value_kernel[(call.tiles * key_heads,)](
-            q,
-            k,
-            v,
-            bias,
-            grad,
-            *rows,
-            *grads[1:],
+        key_parts = call.parts(key_heads)
+        grads = [_new_parts(key_parts, query, shape) for shape in shapes[1:]]
+        grad_key_value_kernel[(call.tiles * key_heads, key_parts)](
+            call.inputs,
+            upstream,
+            *map(call.operand, grads),
             call.lengths,
             call.dilation,
             call.sizes(key_heads),
             scale,
-            **call.constants,
-            **call.tiling_constants,
+            call.plan._replace(owns_keys=True),
+            **call.options,
         )
-        grad_rpb = query.new_empty(0) if rpb is None else _grad_bias(call, rpb, (q, k, v, bias, grad, *rows), scale)
-        if additional_keys is None:
-            extra = query.new_empty(0), query.new_empty(0)
-        else:
-            extra = _grad_additional(
-                call, additional_keys, additional_values, (q, extra_k, extra_v, grad, *rows), scale
-            )
-    return grad_query, grad_key, grad_value, grad_rpb, *extra
-
-
-def _grad_bias(call: _Call, rpb: Tensor, operands: Sequence[Operand], scale: float) -> Tensor:
-    """Sums `dS` over tiles as it lies around them, then over the queries of a tile."""
-    tiling, heads = call.tiling, rpb.shape[0]
-    box = tuple(
-        side + 2 * (window - 1) for side, window in zip(tiling.tile, call.constants["KERNEL_SIZE"], strict=True)
+        absent = query.new_empty(0)
+        grad_rpb = absent if rpb is None else _grad_bias(call, rpb, upstream, scale)
+        additional = (absent, absent)
+        if additional_keys is not None:
+            additional = _grad_additional(call, additional_keys, additional_values, upstream, scale)
+    return (
+        _sum_parts(parts, grad_query, query.dtype),
+        *(_sum_parts(key_parts, grad, query.dtype) for grad in grads),
+        grad_rpb,
+        *additional,
     )
-    chunks, rows = triton.cdiv(prod(box), tiling.block), prod(tiling.tile)
+
+
+def _new_parts(parts: int, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result, or the parts of its sum in float32, one after another along the batch."""
+    return like.new_empty((parts * shape[0], *shape[1:]), dtype=like.dtype if parts == 1 else torch.float32)
+
+
+def _sum_parts(parts: int, result: Tensor, dtype: torch.dtype) -> Tensor:
+    return result if parts == 1 else result.unflatten(0, (parts, -1)).sum(0).to(dtype)
+
+
+def _grad_bias(call: _Call, rpb: Tensor, upstream: Upstream, scale: float) -> Tensor:
+    """Sums `dS` over tiles as it lies around them, then over the queries of a tile."""
+    plan, heads = call.plan, rpb.shape[0]
+    box = tuple(side + 2 * (window - 1) for side, window in zip(plan.tile, plan.kernel_size, strict=True))
+    chunks = triton.cdiv(prod(box), plan.block_n)
     parts = max(1, min(call.tiles, _PROGRAMS // (heads * chunks)))
-    sums = rpb.new_empty((heads, parts, chunks, rows, tiling.block), dtype=torch.float32)
+    sums = rpb.new_empty((heads, parts, chunks, plan.block_m, plan.block_n), dtype=torch.float32)
     grad_bias_kernel[(chunks * heads * parts,)](
-        *operands,
+        call.inputs,
+        upstream,
         sums,
         call.lengths,
         call.dilation,
         opaque((heads, call.group, call.tiles, chunks)),
         scale,
-        **call.constants,
-        **{**call.tiling_constants, "BOX": box, "VOLUME": prod(box)},
+        plan._replace(box=box, volume=prod(box)),
+        **call.options,
     )
     table = sums.sum(1).transpose(1, 2).flatten(2)  # [heads, queries of a tile, keys around it]
-    columns = _columns(tiling.tile, rpb.shape[1:], box).to(rpb.device)
+    columns = _columns(plan.tile, rpb.shape[1:], box).to(rpb.device)
     return table.gather(2, columns.expand(heads, -1, -1)).sum(1).reshape(rpb.shape).to(rpb.dtype)
 
 
@@ -191,26 +202,24 @@ def _columns(tile: Sequence[int], offsets: Sequence[int], box: Sequence[int]) ->
 
 
 def _grad_additional(
-    call: _Call, keys: Tensor, values: Tensor, operands: Sequence[Operand], scale: float
+    call: _Call, keys: Tensor, values: Tensor, upstream: Upstream, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Sums over parts of the queries, then over the parts."""
     batch, additional, key_heads, _ = keys.shape
-    block = 64 if call.tiling.block >= 64 else 32
+    block = 64 if call.plan.block_n >= 64 else 32
     blocks = triton.cdiv(additional, block) * key_heads * batch
     steps = call.group * triton.cdiv(call.tokens, block)
     parts = max(1, min(steps, _PROGRAMS // max(blocks, 1)))
     sums = [x.new_zeros((parts, *x.shape), dtype=torch.float32) for x in (keys, values)]
-    constants = {name: x for name, x in call.constants.items() if name not in ("KERNEL_SIZE", "STRIDE", "IS_CAUSAL")}
     if blocks > 0:
         grad_additional_kernel[(blocks, parts)](
-            *operands,
+            call.inputs,
+            upstream,
             *sums,
             call.lengths,
             opaque((key_heads, call.group, additional, call.tokens, batch)),
             scale,
-            **constants,
-            BLOCK_M=block,
-            BLOCK_N=block,
+            call.plan._replace(block_m=block, block_n=block),
             num_warps=4,
             num_stages=2,
         )
@@ -218,55 +227,80 @@ def _grad_additional(
 
 
 class _Call:
-    """What the kernels of one call share."""
+    """What the kernels of one call share; of `results` the shapes."""
 
     def __init__(
         self,
-        tensors: Sequence[Tensor | None],
+        inputs: Sequence[Tensor | None],
+        results: Sequence[Sequence[int]],
         kernel_size: Sequence[int],
         stride: Sequence[int],
         dilation: Sequence[int],
         is_causal: Sequence[bool],
         *,
-        is_backward: bool = False,
+        grad_output: Tensor | None = None,
     ) -> None:
-        query, key, value, additional_keys, *_ = tensors
-        present = [tensor for tensor in tensors if tensor is not None]
-        lengths, head_dim, value_dim = query.shape[1:-2], query.shape[-1], value.shape[-1]
-        self.align = _alignment(present)
-        self.tiling = choose_tiling(kernel_size, stride, is_causal, head_dim, value_dim, is_backward=is_backward)
-        self.tiles = _count_tiles(lengths, dilation, self.tiling) * query.shape[0]
-        self.tokens = prod(lengths)
-        self.lengths, self.dilation = opaque(lengths), opaque(dilation)
+        query, key, value, rpb, additional_keys, additional_values = inputs
+        tokens = (query, key, value, additional_keys, additional_values, grad_output)
+        layouts = [(x.shape, x.stride()) for x in tokens if x is not None]
+        layouts += [(shape, _contiguous_strides(shape)) for shape in results]
+        head_dim, value_dim = query.shape[-1], value.shape[-1]
+        self.tiling = choose_tiling(
+            kernel_size,
+            stride,
+            is_causal,
+            max(head_dim, value_dim) * query.element_size(),
+            is_backward=grad_output is not None,
+        )
+        self.lengths, self.dilation = opaque(query.shape[1:-2]), opaque(dilation)
+        self.tiles = _count_tiles(query.shape[1:-2], dilation, self.tiling) * query.shape[0]
+        self.tokens = prod(query.shape[1:-2])
+        self.batch = query.shape[0]
         self.group = query.shape[-2] // key.shape[-2]
         self.additional = 0 if additional_keys is None else additional_keys.shape[1]
-        self.constants = {
-            "KERNEL_SIZE": tuple(kernel_size),
-            "STRIDE": tuple(stride),
-            "IS_CAUSAL": tuple(is_causal),
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
-            "ALIGN": self.align,
-            "INDEX": _index_dtype(present),
-            "PRECISION": _precision(query, kernel_size),
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
-        }
-        self.tiling_constants = {
-            "TILE": self.tiling.tile,
-            "BOX": self.tiling.box,
-            "VOLUME": prod(self.tiling.box),
-            "BLOCK_M": prod(self.tiling.tile),
-            "BLOCK_N": self.tiling.block,
-            "num_warps": self.tiling.warps,
-            "num_stages": self.tiling.stages,
-        }
+        self.plan = Plan(
+            kernel_size=tuple(kernel_size),
+            stride=tuple(stride),
+            is_causal=tuple(is_causal),
+            owns_keys=False,
+            head_dim=_channels(head_dim),
+            value_dim=_channels(value_dim),
+            align=_alignment([strides for _, strides in layouts]),
+            index=_index_dtype(layouts),
+            precision=_precision(query, kernel_size),
+            tile=self.tiling.tile,
+            box=self.tiling.box,
+            volume=prod(self.tiling.box),
+            block_m=prod(self.tiling.tile),
+            block_n=self.tiling.block,
+        )
+        self.options = {"num_warps": self.tiling.warps, "num_stages": self.tiling.stages}
+        self.query_options = dict(self.options)
+        if self.tiling.max_registers is not None and _is_nvidia(query.device):
+            self.query_options["maxnreg"] = self.tiling.max_registers
+        self.inputs = Inputs(
+            *map(self.operand, (query, key, value)),
+            _bias(rpb),
+            *map(self.operand, (additional_keys, additional_values)),
+        )
 
     def operand(self, tensor: Tensor | None) -> Operand | None:
-        return operand(tensor, self.align)
+        return operand(tensor, self.plan.align)
 
     def sizes(self, heads: int) -> tuple[int, ...]:
-        return opaque((heads, self.group, self.additional))
+        return opaque((self.batch, heads, self.group, self.additional))
+
+    def parts(self, heads: int) -> int:
+        """Into how many programs the steps of a tile go, so that all tiles together fill a GPU."""
+        return max(1, min(_PROGRAMS // (self.tiles * heads), self.tiling.steps // _PART_STEPS))
+
+
+def _channels(count: int) -> Channels:
+    return Channels(count, max(16, triton.next_power_of_2(count)))
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _bias(rpb: Tensor | None) -> Operand | None:
@@ -278,33 +312,40 @@ def _count_tiles(lengths: Sequence[int], dilation: Sequence[int], tiling: Tiling
     return prod(gap * triton.cdiv(triton.cdiv(length, gap), tile) for length, gap, tile in axes)
 
 
-def _alignment(tensors: Sequence[Tensor]) -> int:
-    """The power of two, at most 16, that divides every stride: how wide kernels may load."""
+def _alignment(strides: Sequence[Sequence[int]]) -> int:
+    """The power of two, at most 16, that divides every stride but the channels': how wide kernels may load."""
     align = 16
-    for tensor in tensors:
-        for stride in tensor.stride()[:-1]:
-            while stride % align:
-                align //= 2
+    for stride in chain.from_iterable(along[:-1] for along in strides):
+        while stride % align:
+            align //= 2
     return align
 
 
-def _index_dtype(tensors: Sequence[Tensor]) -> tl.dtype:
-    """64 bits where one entry of a batch, or a bias, reaches further than 32 bits count."""
+def _index_dtype(layouts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tl.dtype:
+    """64 bits where one entry of a batch reaches further than 32 bits count."""
     reach = max(
-        sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        for tensor in tensors
+        sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
+        for shape, strides in layouts
     )
-    return tl.int64 if max(reach, max(prod(tensor.shape[1:-2]) for tensor in tensors)) > _MAX_INT32 else tl.int32
+    tokens = max(prod(shape[1:-2]) for shape, _ in layouts)
+    return tl.int64 if max(reach, tokens) > _MAX_INT32 else tl.int32
 
 
 def _precision(query: Tensor, kernel_size: Sequence[int]) -> str:
     """How products are computed: of float32 as PyTorch's setting says, of half precision in one product or in two.
 
+    Without TF32, NVIDIA's matrix units still multiply float32, as three products of TF32, whose error is float32's.
     Small windows are bound by memory, and a second product is free; large ones are bound by their products.
     """
-    if query.dtype is torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return "split" if prod(kernel_size) < _LARGE_WINDOW else "ieee"
+    if query.dtype is not torch.float32:
+        return "split" if prod(kernel_size) < _SPLIT_WINDOW else "ieee"
+    if not _is_nvidia(query.device):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type != "xpu" and torch.version.hip is None
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager:

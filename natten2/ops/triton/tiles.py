@@ -14,7 +14,8 @@ __all__ = ["Tiling", "choose_tiling", "span"]
 
 # A union of windows up to this size is one box, whose keys are numbered through without a gap.
 _MAX_FLAT = 1024
-_MAX_AXIS = 128
+# From this many keys on, a window's products take longer than its loads, and larger tiles reuse more.
+_LARGE_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,19 @@ class Tiling:
         tile: Tokens that a program owns, along each axis.
         box: Partners that are numbered through, along each axis.
         block: Partners per step.
+        steps: The most steps of a tile, away from its borders.
         warps: Warps per program.
         stages: Steps whose loads are in flight.
+        max_registers: Registers per thread that suffice kernels that own queries, for more programs per processor.
     """
 
     tile: tuple[int, ...]
     box: tuple[int, ...]
     block: int
+    steps: int
     warps: int
     stages: int
+    max_registers: int | None
 
 
 def span(tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
@@ -47,29 +52,35 @@ def choose_tiling(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     is_causal: Sequence[bool],
-    head_dim: int,
-    value_dim: int,
+    row_bytes: int,
     *,
     is_backward: bool = False,
 ) -> Tiling:
-    """The tiling that computes the fewest pairs per query, of those that fit the channels in registers.
+    """The tiling that computes the fewest pairs per query, of those that fit in registers.
 
     It depends on nothing that changes with the batch or the size of an image, so that these compile nothing.
+
+    Args:
+        kernel_size, stride, is_causal: The window, along each axis.
+        row_bytes: Bytes of one token's channels, of the wider of queries and values.
+        is_backward: Whether it is for the gradient's kernels, which hold more in registers.
     """
-    channels = max(head_dim, value_dim)
-    is_large = prod(kernel_size) >= 1024 and channels <= 128
-    narrow = 32
-    volume = 128 if is_large else 64 if channels <= 128 else 32
+    is_large = prod(kernel_size) >= _LARGE_WINDOW and row_bytes <= 256 and not is_backward
+    volume = 128 if is_large else 64 if row_bytes <= 512 else 32
+    is_wide = row_bytes > (128 if is_backward else 256)
+    warps = 8 if (volume == 128 and row_bytes > 128) or (volume == 64 and is_wide) else 4
+    narrow = 32 if row_bytes <= 512 else 16
 
     def pairs(tile: tuple[int, ...]) -> tuple[int, int, Tiling]:
         spans = tuple(span(*axis) for axis in zip(tile, kernel_size, stride, is_causal, strict=True))
         if prod(spans) <= _MAX_FLAT:
-            block = narrow if channels > 64 or prod(spans) <= 256 else 64
+            block = narrow if is_backward or row_bytes > 128 or prod(spans) <= 256 else 64
             steps, box = -(-prod(spans) // block), spans
         else:
-            block = narrow if is_backward and channels > 64 else 64 if channels <= 128 else narrow
+            block = narrow if is_wide else 64
             steps, box = min((_steps(spans, box), box) for box in _boxes(block, len(tile)))
-        return steps * block, prod(spans), Tiling(tile, box, block, 8 if volume == 128 and channels > 64 else 4, 2)
+        registers = 128 if row_bytes <= 128 and block == 32 else None
+        return steps * block, prod(spans), Tiling(tile, box, block, steps, warps, 2, registers)
 
     return min((pairs(tile) for tile in _boxes(volume, len(kernel_size))), key=lambda candidate: candidate[:2])[2]
 
