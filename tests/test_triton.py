@@ -47,13 +47,16 @@ def test_golden_all(index: int, dtype: torch.dtype):
     check_golden(golden_cases()[index], dtype, KERNELS)
 
 
-def check_reference(problem: Problem) -> None:
+def check_reference(problem: Problem, *, equal_nan: bool = False) -> None:
     results, grads = run(problem.to(torch.float32), KERNELS)
     expected, expected_grads = run(problem, REFERENCE)
     for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
         assert result.shape == wanted.shape
-        error = torch.linalg.vector_norm(result.double() - wanted)
-        assert error <= 1e-5 * max(1.0, torch.linalg.vector_norm(wanted).item())
+        if equal_nan:
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+        else:
+            error = torch.linalg.vector_norm(result.double() - wanted)
+            assert error <= 1e-5 * max(1.0, torch.linalg.vector_norm(wanted).item())
 
 
 @settings(max_examples=6)
@@ -85,6 +88,34 @@ def test_every_head_dim(head_dim: int):
     check_reference(with_layout(problem, packed))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("programs", [1, 64])
+def test_parts_of_a_tile_are_the_whole(monkeypatch: pytest.MonkeyPatch, programs: int, is_causal: bool):
+    # With 64 programs a tile's keys go into parts, of which a causal query sees no key in some.
+    monkeypatch.setattr(launch, "_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "_PART_STEPS", 1)
+    check_reference(random_problem((150,), (140,), batch=1, heads=2, key_heads=1, is_causal=(is_causal,), additional=5))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad_output", "additional"])
+def test_what_is_not_finite_reaches_only_those_who_see_it(poisoned: str, number: float):
+    problem = random_problem((24,), (7,), batch=1, heads=1, bias=True, additional=1, dtype=torch.float32)
+    query, key, value, _, _, additional = problem.tensors
+    tensors = {"query": query, "key": key, "value": value, "grad_output": problem.grad_output, "additional": additional}
+    tensors[poisoned][0, 0, 0, 1] = number
+    check_reference(problem, equal_nan=True)
+
+
+def test_parts_keep_what_is_not_finite(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_PROGRAMS", 64)
+    monkeypatch.setattr(launch, "_PART_STEPS", 1)
+    problem = random_problem((150,), (40,), batch=1, heads=1, dtype=torch.float32)
+    for position, number in ((3, torch.nan), (70, torch.inf), (149, -torch.inf)):
+        problem.tensors[2][0, position, 0, 1] = number
+    check_reference(problem, equal_nan=True)
+
+
 def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "_MAX_INT32", 0)
     check_reference(random_problem((9, 7), (3, 5), dilation=(2, 1), bias=True, additional=3))
@@ -104,7 +135,7 @@ def test_a_span_bounds_the_keys_of_a_tile(problem: Problem):
 
 
 def test_the_tiling_of_an_image_is_not_a_row():
-    tiling = choose_tiling((7, 7), (1, 1), (False, False), 32, 32)
+    tiling = choose_tiling((7, 7), (1, 1), (False, False), 64)
     assert tiling.tile == (8, 8)
     assert tiling.box == (14, 14)
 
