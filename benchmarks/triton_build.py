@@ -10,15 +10,20 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.report import format_table, write_json
 
-__all__ = ["BUILD_CASES", "SHARED_MEMORY_LIMITS", "TARGETS", "Build", "BuildCase", "add_arguments", "builds", "main"]
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+
+__all__ = ["BUILD_CASES", "TARGETS", "Build", "BuildCase", "Target", "add_arguments", "builds", "main", "use_target"]
 
 
 @dataclass(frozen=True)
@@ -44,32 +49,63 @@ BUILD_CASES = (
     BuildCase("sequence", (32768,), (2048,), 1, 128),
     BuildCase("volume", (32, 32, 32), (3, 3, 3), 4, 64),
     BuildCase("nat-float32", (56, 56), (7, 7), 2, 32, bias=True, dtype=torch.float32),
+    BuildCase("widest", (56, 56), (7, 7), 2, 256, bias=True, dtype=torch.float32),
 )
-TARGETS = (80, 90, 100, 120)
-# Bytes that one program may use, from the CUDA C++ Programming Guide's table of compute capabilities.
-SHARED_MEMORY_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
-_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for; a program may use `shared_memory` bytes."""
+
+    backend: str
+    architecture: int | str
+    warp_size: int
+    shared_memory: int
+    matrix_instruction: str
+
+
+# Shared memory: the CUDA C++ Programming Guide, compute capabilities; the CDNA 3 ISA, local data share.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166_912, "HMMA"),
+    "sm_90": Target("cuda", 90, 32, 232_448, "HGMMA"),
+    "sm_100": Target("cuda", 100, 32, 232_448, "UTC[HQ]MMA"),
+    "sm_120": Target("cuda", 120, 32, 101_376, "HMMA"),
+    "gfx942": Target("hip", "gfx942", 64, 65_536, "v_mfma_\\w+"),
+}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel compiled for one target; `instructions` counts them in the machine code."""
+    """One kernel compiled for one target.
+
+    Attributes:
+        case: The layer.
+        target: The GPU.
+        kernel: The kernel's name.
+        registers: Registers per thread.
+        shared_memory: Bytes per program.
+        matrix_instructions: In the machine code.
+        spills: Loads and stores of spilled registers in the machine code.
+        loop_spills: Those of them in the innermost loops that multiply; `None` where they aren't told apart.
+    """
 
     case: str
-    target: int
+    target: str
     kernel: str
     registers: int
     shared_memory: int
-    instructions: dict[str, int]
+    matrix_instructions: int
+    spills: int
+    loop_spills: int | None
 
 
 class _Driver:
-    """A GPU of some compute capability, on which launches compile and do nothing."""
+    """A GPU on which launches compile and do nothing."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self._target = GPUTarget("cuda", capability, 32)
+        self._target = GPUTarget(target.backend, target.architecture, target.warp_size)
         self.utils = self
         self.launcher_cls = lambda source, metadata: lambda *args: None
 
@@ -89,17 +125,24 @@ class _Driver:
         return self._target
 
 
-def builds(cases: tuple[BuildCase, ...], targets: tuple[int, ...]) -> Iterator[Build]:
+def builds(cases: Sequence[BuildCase], targets: Sequence[str]) -> Iterator[Build]:
     """Compiles the kernels of the forward and the backward pass, and reads what came out."""
+    for name in targets:
+        target = TARGETS[name]
+        use_target(target)
+        with patch("natten2.ops.triton.launch._is_nvidia", return_value=target.backend == "cuda"):
+            for case in cases:
+                _launch(case)
+                for kernel, compiled in _take_compiled():
+                    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+                    yield Build(case.name, name, kernel, **read(compiled, target))
+
+
+def use_target(target: Target) -> None:
+    """Makes launches compile for a target from here on."""
     from triton.runtime.driver import driver
 
-    for target in targets:
-        driver.set_active(_Driver(target))
-        for case in cases:
-            _launch(case)
-            for name, compiled in _take_compiled():
-                registers, instructions = _read(compiled.asm["cubin"])
-                yield Build(case.name, target, name, registers, compiled.metadata.shared, instructions)
+    driver.set_active(_Driver(target))
 
 
 def _launch(case: BuildCase) -> None:
@@ -126,26 +169,63 @@ def _take_compiled() -> Iterator[tuple[str, object]]:
                 function.device_caches.clear()
 
 
-def _read(cubin: bytes) -> tuple[int, dict[str, int]]:
+def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in _INSTRUCTIONS}
-    return int(re.search(r"REG:(\d+)", usage)[1]), counts
+    instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    matrix, spill = (re.compile(rf"\b({name})\b") for name in (target.matrix_instruction, "LDL|STL"))
+    loops = [
+        [text for address, text in instructions if first <= address <= last] for first, last in _innermost(instructions)
+    ]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared_memory": compiled.metadata.shared,
+        "matrix_instructions": _count(matrix, (text for _, text in instructions)),
+        "spills": _count(spill, (text for _, text in instructions)),
+        "loop_spills": sum(_count(spill, loop) for loop in loops if _count(matrix, loop)),
+    }
+
+
+def _innermost(instructions: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
+    """First and last addresses of loops that hold no other loop."""
+    loops = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    for first, last in loops:
+        if not any(first <= begin and end <= last and (begin, end) != (first, last) for begin, end in loops):
+            yield first, last
+
+
+def _read_amdgcn(compiled: CompiledKernel, target: Target) -> dict[str, int | None]:
+    code = compiled.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "shared_memory": compiled.metadata.shared,
+        "matrix_instructions": _count(re.compile(target.matrix_instruction), code.splitlines()),
+        "spills": _count(re.compile("scratch_(load|store)"), code.splitlines()),
+        "loop_spills": None,
+    }
+
+
+def _count(pattern: re.Pattern, lines: Iterable[str]) -> int:
+    return sum(pattern.search(line) is not None for line in lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of :func:`main`."""
     names = [case.name for case in BUILD_CASES]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--target", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
 
 
@@ -154,12 +234,9 @@ def main(options: argparse.Namespace) -> None:
     import triton
 
     cases = tuple(case for case in BUILD_CASES if case.name in options.case)
-    found = list(builds(cases, tuple(options.target)))
-    header = ["case", "kernel", "target", "registers", "shared memory", *_INSTRUCTIONS]
-    rows = [
-        [x.case, x.kernel, f"sm_{x.target}", str(x.registers), str(x.shared_memory), *map(str, x.instructions.values())]
-        for x in found
-    ]
+    found = list(builds(cases, options.target))
+    header = [field.name.replace("_", " ") for field in fields(Build)]
+    rows = [["-" if value is None else str(value) for value in asdict(build).values()] for build in found]
     print(format_table(header, rows))
     if options.json is not None:
         write_json(options.json, {"triton": triton.__version__, "builds": [asdict(build) for build in found]})

@@ -1,4 +1,4 @@
-"""The kernels of CUDA devices, AMD's among them, and the rule that chooses one."""
+"""The kernels of CUDA devices, AMD's among them, and of XPU devices, and the rule that chooses one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from natten2.ops import reference
 from natten2.ops.schemas import LIBRARY
 
 __all__ = ["unusable_triton"]
@@ -57,19 +58,35 @@ def _register(name: str) -> None:
 
         return getattr(launch, name)
 
-    def kernel(*args: object) -> tuple[Tensor, ...]:
+    def unusable(*args: object) -> str | None:
         query, _, value = (args if name == "na_forward" else args[2:])[:3]
-        reason = unusable_triton(query.dtype, query.shape[-1], value.shape[-1], _capability(query.device))
+        return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], _capability(query.device))
+
+    def on_cuda(*args: object) -> tuple[Tensor, ...]:
+        reason = unusable(*args)
         if reason is not None:
             raise NotImplementedError(f"natten2::{name} has no kernel for this call: {reason}")
         return load()(*args)
 
-    LIBRARY.impl(name, kernel, "CUDA")
+    # Triton's releases for these devices are apart from the others, and nobody need have one.
+    def on_xpu(*args: object) -> tuple[Tensor, ...]:
+        is_usable = unusable(*args) is None and _has_backend("intel")
+        return load()(*args) if is_usable else getattr(reference, name)(*args)
+
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    LIBRARY.impl(name, on_xpu, "XPU")
 
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    return None if torch.version.hip else torch.cuda.get_device_capability(device)
+    return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+@cache
+def _has_backend(name: str) -> bool:
+    from triton.backends import backends
+
+    return name in backends
 
 
 for _name in ("na_forward", "na_backward"):

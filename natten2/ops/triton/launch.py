@@ -21,7 +21,8 @@ from natten2.ops.triton.backward import (
 )
 from natten2.ops.triton.forward import forward_kernel
 from natten2.ops.triton.geometry import Channels, Inputs, Operand, Plan
-from natten2.ops.triton.tiles import Tiling, choose_tiling
+from natten2.ops.triton.tiles import Tiling
+from natten2.ops.triton.tuning import tuned
 
 __all__ = ["na_backward", "na_forward", "opaque"]
 
@@ -65,7 +66,17 @@ def na_forward(
     if query.shape[0] == 0:
         return query.new_empty(output_shape), query.new_empty(output_shape[:-1], dtype=torch.float32)
     inputs = (query, key, value, rpb, additional_keys, additional_values)
-    call = _Call(inputs, (output_shape,), kernel_size, stride, dilation, is_causal)
+    window = (tuple(kernel_size), tuple(stride), tuple(is_causal))
+
+    def run(tiling: Tiling) -> tuple[Tensor, Tensor]:
+        return _forward(_Call(tiling, inputs, (output_shape,), window, dilation), scale)
+
+    return run(tuned("forward", query, value, window, run))
+
+
+def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    query, value = call.tensors[0], call.tensors[2]
+    output_shape = (*query.shape[:-1], value.shape[-1])
     parts = call.parts(query.shape[-2])
     output = _new_parts(parts, query, output_shape)
     logsumexp = query.new_empty((*output.shape[:-1], 1), dtype=torch.float32)
@@ -116,8 +127,21 @@ def na_backward(
     delta = torch.linalg.vecdot(grad_output.float(), output.float())
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
+    shapes = [x.shape for x in inputs[:3]]
+    window = (tuple(kernel_size), tuple(stride), tuple(is_causal))
+
+    def run(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        call = _Call(tiling, inputs, shapes, window, dilation, grad_output=grad_output)
+        return _backward(call, grad_output, logsumexp, delta, scale)
+
+    return run(tuned("backward", query, value, window, run))
+
+
+def _backward(
+    call: _Call, grad_output: Tensor, logsumexp: Tensor, delta: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, rpb, additional_keys, additional_values = call.tensors
     shapes = [x.shape for x in (query, key, value)]
-    call = _Call(inputs, shapes, kernel_size, stride, dilation, is_causal, grad_output=grad_output)
     upstream = Upstream(call.operand(grad_output), *(operand(x.unsqueeze(-1)) for x in (logsumexp, delta)))
     heads, key_heads = query.shape[-2], key.shape[-2]
     with _on_device(query):
@@ -188,17 +212,11 @@ def _grad_bias(call: _Call, rpb: Tensor, upstream: Upstream, scale: float) -> Te
         **call.options,
     )
     table = sums.sum(1).transpose(1, 2).flatten(2)  # [heads, queries of a tile, keys around it]
-    columns = _columns(plan.tile, rpb.shape[1:], box).to(rpb.device)
-    return table.gather(2, columns.expand(heads, -1, -1)).sum(1).reshape(rpb.shape).to(rpb.dtype)
-
-
-def _columns(tile: Sequence[int], offsets: Sequence[int], box: Sequence[int]) -> Tensor:
-    """Where, among the keys around a tile, a query finds the key at each offset: `[queries, offsets]`."""
-    result = torch.zeros(1, 1, dtype=torch.int64)
-    for side, count, length in zip(tile, offsets, box, strict=True):
-        along = torch.arange(side)[:, None] + torch.arange(count)
-        result = (result[:, None, :, None] * length + along[None, :, None, :]).flatten(2, 3).flatten(0, 1)
-    return result
+    # Along an axis, query i finds the key at offset j at place i + j of those around the tile.
+    row, along_tile, along_box = table.stride(1), _contiguous_strides(plan.tile), _contiguous_strides(box)
+    strides = (table.stride(0), *(i * row + j for i, j in zip(along_tile, along_box, strict=True)), *along_box)
+    pairs = table.as_strided((heads, *plan.tile, *rpb.shape[1:]), strides)
+    return pairs.sum(tuple(range(1, len(box) + 1))).to(rpb.dtype)
 
 
 def _grad_additional(
@@ -231,27 +249,19 @@ class _Call:
 
     def __init__(
         self,
+        tiling: Tiling,
         inputs: Sequence[Tensor | None],
         results: Sequence[Sequence[int]],
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
+        window: tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]],
         dilation: Sequence[int],
-        is_causal: Sequence[bool],
         *,
         grad_output: Tensor | None = None,
     ) -> None:
+        self.tiling, self.tensors = tiling, inputs
         query, key, value, rpb, additional_keys, additional_values = inputs
         tokens = (query, key, value, additional_keys, additional_values, grad_output)
         layouts = [(x.shape, x.stride()) for x in tokens if x is not None]
         layouts += [(shape, _contiguous_strides(shape)) for shape in results]
-        head_dim, value_dim = query.shape[-1], value.shape[-1]
-        self.tiling = choose_tiling(
-            kernel_size,
-            stride,
-            is_causal,
-            max(head_dim, value_dim) * query.element_size(),
-            is_backward=grad_output is not None,
-        )
         self.lengths, self.dilation = opaque(query.shape[1:-2]), opaque(dilation)
         self.tiles = _count_tiles(query.shape[1:-2], dilation, self.tiling) * query.shape[0]
         self.tokens = prod(query.shape[1:-2])
@@ -259,15 +269,13 @@ class _Call:
         self.group = query.shape[-2] // key.shape[-2]
         self.additional = 0 if additional_keys is None else additional_keys.shape[1]
         self.plan = Plan(
-            kernel_size=tuple(kernel_size),
-            stride=tuple(stride),
-            is_causal=tuple(is_causal),
+            *window,
             owns_keys=False,
-            head_dim=_channels(head_dim),
-            value_dim=_channels(value_dim),
+            head_dim=_channels(query.shape[-1]),
+            value_dim=_channels(value.shape[-1]),
             align=_alignment([strides for _, strides in layouts]),
             index=_index_dtype(layouts),
-            precision=_precision(query, kernel_size),
+            precision=_precision(query, window[0]),
             tile=self.tiling.tile,
             box=self.tiling.box,
             volume=prod(self.tiling.box),
@@ -292,7 +300,7 @@ class _Call:
 
     def parts(self, heads: int) -> int:
         """Into how many programs the steps of a tile go, so that all tiles together fill a GPU."""
-        return max(1, min(_PROGRAMS // (self.tiles * heads), self.tiling.steps // _PART_STEPS))
+        return max(1, min(_PROGRAMS // (2 * self.tiles * heads), self.tiling.steps // _PART_STEPS))
 
 
 def _channels(count: int) -> Channels:

@@ -6,11 +6,12 @@ The model counts the pairs of a query and a key that a tile computes; what is no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import prod
 
-__all__ = ["Tiling", "choose_tiling", "span"]
+__all__ = ["Tiling", "candidate_tilings", "choose_tiling", "span"]
 
 # A union of windows up to this size is one box, whose keys are numbered through without a gap.
 _MAX_FLAT = 1024
@@ -24,21 +25,23 @@ class Tiling:
 
     Attributes:
         tile: Tokens that a program owns, along each axis.
+        spans: The most partners of a tile along each axis, away from its borders.
         box: Partners that are numbered through, along each axis.
         block: Partners per step.
         steps: The most steps of a tile, away from its borders.
         warps: Warps per program.
         stages: Steps whose loads are in flight.
-        max_registers: Registers per thread that suffice kernels that own queries, for more programs per processor.
+        max_registers: Per thread, of kernels that own queries; `None` for no limit.
     """
 
     tile: tuple[int, ...]
+    spans: tuple[int, ...]
     box: tuple[int, ...]
     block: int
     steps: int
     warps: int
     stages: int
-    max_registers: int | None
+    max_registers: int | None = None
 
 
 def span(tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
@@ -48,10 +51,11 @@ def span(tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
     return kernel_size + max((first % stride + tile - 1) // stride * stride for first in range(0, stride * tile, tile))
 
 
+@lru_cache(4096)
 def choose_tiling(
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    is_causal: Sequence[bool],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    is_causal: tuple[bool, ...],
     row_bytes: int,
     *,
     is_backward: bool = False,
@@ -61,7 +65,9 @@ def choose_tiling(
     It depends on nothing that changes with the batch or the size of an image, so that these compile nothing.
 
     Args:
-        kernel_size, stride, is_causal: The window, along each axis.
+        kernel_size: Of the window, along each axis.
+        stride: Of the window, along each axis.
+        is_causal: Along each axis.
         row_bytes: Bytes of one token's channels, of the wider of queries and values.
         is_backward: Whether it is for the gradient's kernels, which hold more in registers.
     """
@@ -70,19 +76,35 @@ def choose_tiling(
     is_wide = row_bytes > (128 if is_backward else 256)
     warps = 8 if (volume == 128 and row_bytes > 128) or (volume == 64 and is_wide) else 4
     narrow = 32 if row_bytes <= 512 else 16
+    windows = tuple(zip(kernel_size, stride, is_causal, strict=True))
+    tiling = _fit(windows, volume, narrow if is_wide else 64, warps, 2)
+    if tiling.box == tiling.spans and (is_backward or row_bytes > 128 or prod(tiling.spans) <= 256):
+        tiling = _fit(windows, volume, narrow, warps, 2)
+    # For more programs per processor; without spills in loops, which the kernel for keys would have.
+    return replace(tiling, max_registers=128) if row_bytes <= 128 and tiling.block == 32 else tiling
+
+
+def candidate_tilings(
+    kernel_size: tuple[int, ...], stride: tuple[int, ...], is_causal: tuple[bool, ...]
+) -> tuple[Tiling, ...]:
+    """What to try besides :func:`choose_tiling`'s choice: its arguments say what they do there."""
+    windows = tuple(zip(kernel_size, stride, is_causal, strict=True))
+    options = product((32, 64, 128), (32, 64), ((4, 2), (8, 2), (4, 3), (8, 3)))
+    return tuple(_fit(windows, volume, block, *rest) for volume, block, rest in options)
+
+
+def _fit(windows: Sequence[tuple[int, int, bool]], volume: int, block: int, warps: int, stages: int) -> Tiling:
+    """The tile of a volume, and its boxes, that compute the fewest pairs."""
 
     def pairs(tile: tuple[int, ...]) -> tuple[int, int, Tiling]:
-        spans = tuple(span(*axis) for axis in zip(tile, kernel_size, stride, is_causal, strict=True))
+        spans = tuple(span(side, *window) for side, window in zip(tile, windows, strict=True))
         if prod(spans) <= _MAX_FLAT:
-            block = narrow if is_backward or row_bytes > 128 or prod(spans) <= 256 else 64
             steps, box = -(-prod(spans) // block), spans
         else:
-            block = narrow if is_wide else 64
             steps, box = min((_steps(spans, box), box) for box in _boxes(block, len(tile)))
-        registers = 128 if row_bytes <= 128 and block == 32 else None
-        return steps * block, prod(spans), Tiling(tile, box, block, steps, warps, 2, registers)
+        return steps * block, prod(spans), Tiling(tile, spans, box, block, steps, warps, stages)
 
-    return min((pairs(tile) for tile in _boxes(volume, len(kernel_size))), key=lambda candidate: candidate[:2])[2]
+    return min(map(pairs, _boxes(volume, len(windows))), key=lambda candidate: candidate[:2])[2]
 
 
 def _steps(spans: Sequence[int], box: Sequence[int]) -> int:
