@@ -31,8 +31,11 @@ from natten2.ops.triton.geometry import (
     find_tile,
     is_empty,
     load_additional,
+    load_rows,
     load_scalars,
     load_tokens,
+    locate,
+    offsets,
     own,
     step_tokens,
     store_rows,
@@ -51,6 +54,41 @@ class Upstream(NamedTuple):
     grad_output: Operand
     logsumexp: Operand
     delta: Operand  # grad_output . output - grad_logsumexp
+
+
+@triton.jit
+def delta_kernel(
+    grad_output,
+    output,
+    grad_logsumexp,
+    delta,
+    lengths,
+    sizes,  # heads, tokens of a batch entry
+    PLAN: tl.constexpr,
+):
+    heads, tokens = transparent(sizes[0]), transparent(sizes[1])
+    blocks = tl.cdiv(tokens * heads, PLAN.block_m)
+    batch = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks).to(PLAN.index) * PLAN.block_m + tl.arange(0, PLAN.block_m)
+    exists = row < tokens * heads
+    tile = whole_grid(lengths, PLAN)
+    positions, head = coordinates(row // heads, tile), row % heads
+    ALIGN: tl.constexpr = PLAN.align
+    grad = load_rows(*_locate_rows(grad_output, tile, batch, positions, head, ALIGN), exists, "value_dim", PLAN)
+    out = load_rows(*_locate_rows(output, tile, batch, positions, head, ALIGN), exists, "value_dim", PLAN)
+    result = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if grad_logsumexp is not None:
+        pointer, offset = _locate_rows(grad_logsumexp, tile, batch, positions, head, 1)
+        result -= tl.load(pointer + offset, mask=exists, other=0.0)
+    pointer, offset = _locate_rows(delta, tile, batch, positions, head, 1)
+    tl.store(pointer + offset, result, mask=exists)
+
+
+@triton.jit
+def _locate_rows(operand, tile, batch, positions, head, ALIGN: tl.constexpr):
+    """A pointer to a batch entry, and the offsets of rows, each of its own token and head, from there."""
+    rows = offsets(operand, tile, positions, ALIGN) + head * (transparent(operand.head_stride) * ALIGN)
+    return locate(operand, batch, batch * 0, ALIGN), rows
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from natten2.ops.triton.backward import (
     Upstream,
+    delta_kernel,
     grad_additional_kernel,
     grad_bias_kernel,
     grad_key_value_kernel,
@@ -32,6 +33,7 @@ _MAX_INT32 = 2**31 - 2**20
 _PROGRAMS = 1024
 # A part of a tile's steps takes at least so many, for each costs a partial result.
 _PART_STEPS = 8
+_DELTA_ROWS = 64
 _SPLIT_WINDOW = 1024
 
 
@@ -46,6 +48,11 @@ def operand(tensor: Tensor | None, align: int = 1) -> Operand | None:
         return None
     batch, *tokens, head = opaque([stride // align for stride in tensor.stride()[:-1]])
     return Operand(tensor, batch, tuple(tokens), head)
+
+
+def _scalars(tensor: Tensor | None) -> Operand | None:
+    """`[B, *S, H]` as kernels take it."""
+    return None if tensor is None else operand(tensor.unsqueeze(-1))
 
 
 def na_forward(
@@ -79,12 +86,12 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     output_shape = (*query.shape[:-1], value.shape[-1])
     parts = call.parts(query.shape[-2])
     output = _new_parts(parts, query, output_shape)
-    logsumexp = query.new_empty((*output.shape[:-1], 1), dtype=torch.float32)
+    logsumexp = query.new_empty(output.shape[:-1], dtype=torch.float32)
     with _on_device(query):
         forward_kernel[(call.tiles * query.shape[-2], parts)](
             call.inputs,
             call.operand(output),
-            operand(logsumexp),
+            _scalars(logsumexp),
             call.lengths,
             call.dilation,
             call.sizes(query.shape[-2]),
@@ -93,11 +100,11 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
             **call.query_options,
         )
     if parts == 1:
-        return output, logsumexp.squeeze(-1)
+        return output, logsumexp
     outputs, logsumexps = (x.unflatten(0, (parts, -1)) for x in (output, logsumexp))
     logsumexp = logsumexps.logsumexp(0)
-    output = torch.linalg.vecdot(outputs, (logsumexps - logsumexp).exp(), dim=0)
-    return output.to(query.dtype), logsumexp.squeeze(-1)
+    output = torch.linalg.vecdot(outputs, (logsumexps - logsumexp).exp().unsqueeze(-1), dim=0)
+    return output.to(query.dtype), logsumexp
 
 
 def na_backward(
@@ -124,27 +131,40 @@ def na_backward(
     # Gradients come as autograd made them, expanded from one number even.
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    delta = torch.linalg.vecdot(grad_output.float(), output.float())
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp
     shapes = [x.shape for x in inputs[:3]]
     window = (tuple(kernel_size), tuple(stride), tuple(is_causal))
 
     def run(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        call = _Call(tiling, inputs, shapes, window, dilation, grad_output=grad_output)
-        return _backward(call, grad_output, logsumexp, delta, scale)
+        call = _Call(tiling, inputs, shapes, window, dilation, outputs=(grad_output, output))
+        return _backward(call, grad_output, grad_logsumexp, output, logsumexp, scale)
 
     return run(tuned("backward", query, value, window, run))
 
 
 def _backward(
-    call: _Call, grad_output: Tensor, logsumexp: Tensor, delta: Tensor, scale: float
+    call: _Call,
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, key, value, rpb, additional_keys, additional_values = call.tensors
     shapes = [x.shape for x in (query, key, value)]
-    upstream = Upstream(call.operand(grad_output), *(operand(x.unsqueeze(-1)) for x in (logsumexp, delta)))
     heads, key_heads = query.shape[-2], key.shape[-2]
+    delta = torch.empty_like(logsumexp)
+    upstream = Upstream(call.operand(grad_output), _scalars(logsumexp), _scalars(delta))
     with _on_device(query):
+        delta_kernel[(triton.cdiv(call.tokens * heads, _DELTA_ROWS) * call.batch,)](
+            upstream.grad_output,
+            call.operand(output),
+            _scalars(grad_logsumexp),
+            upstream.delta,
+            call.lengths,
+            opaque((heads, call.tokens)),
+            call.plan._replace(block_m=_DELTA_ROWS),
+            num_warps=4,
+        )
         parts = call.parts(heads)
         grad_query = _new_parts(parts, query, shapes[0])
         grad_query_kernel[(call.tiles * heads, parts)](
@@ -255,11 +275,11 @@ class _Call:
         window: tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]],
         dilation: Sequence[int],
         *,
-        grad_output: Tensor | None = None,
+        outputs: Sequence[Tensor] = (),
     ) -> None:
         self.tiling, self.tensors = tiling, inputs
         query, key, value, rpb, additional_keys, additional_values = inputs
-        tokens = (query, key, value, additional_keys, additional_values, grad_output)
+        tokens = (query, key, value, additional_keys, additional_values, *outputs)
         layouts = [(x.shape, x.stride()) for x in tokens if x is not None]
         layouts += [(shape, _contiguous_strides(shape)) for shape in results]
         self.lengths, self.dilation = opaque(query.shape[1:-2]), opaque(dilation)
