@@ -23,7 +23,7 @@ from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.compare import MODES as STEPS
 from benchmarks.compare import WrongResultError, check
 from benchmarks.flex import Order, prepare_flex, tile_for
-from benchmarks.floors import Rates, floors, mean_keys, useful_bytes, useful_flops
+from benchmarks.floors import Rates, floors, useful_bytes, useful_flops
 from benchmarks.gpu import Run, measure
 from benchmarks.gpu_cases import JOBS, Goal, Job, shrink
 from benchmarks.gpu_check import expect_everything, expect_samples
@@ -67,14 +67,6 @@ def test_floors_of_the_published_shapes(name: str, mode: str, gflop: float, mega
     assert useful_flops(case, mode) / 1e9 == pytest.approx(gflop, rel=2e-3)
     assert useful_bytes(case, mode) / 1e6 == pytest.approx(megabytes, rel=2e-3)
     assert 1e6 * floors(case, mode, H100).binding == pytest.approx(microseconds, rel=3e-3)
-
-
-def test_a_causal_window_counts_the_keys_that_are_there():
-    # Queries 0, 1, and 2 see 1, 2, and 3 keys, and all others 3; dilation makes two sequences of five.
-    assert mean_keys(Case("", (10,), 3, is_causal=True)) == pytest.approx((1 + 2 + 3 * 8) / 10)
-    assert mean_keys(Case("", (10, 7), (3, 4), dilation=(2, 1), is_causal=(True, False))) == pytest.approx(
-        4 * (2 * (1 + 2 + 3 * 3)) / 10
-    )
 
 
 def test_shared_keys_and_additional_keys_count_once():

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from natten2.ops.schemas import LIBRARY
 
-__all__ = ["unusable_triton"]
+__all__ = ["RULE", "compute_capability", "unusable_triton"]
 
 _MAX_HEAD_DIM = 256
 _MIN_TRITON = (3, 6)
 _MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RULE = (
+    f"Triton {'.'.join(map(str, _MIN_TRITON))} or later, compute capability {'.'.join(map(str, _MIN_CAPABILITY))} or "
+    f"later, {' or '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}, head_dim up to {_MAX_HEAD_DIM}"
+)
 
 
 def unusable_triton(
@@ -59,7 +63,7 @@ def _register(name: str) -> None:
 
     def kernel(*args: object) -> tuple[Tensor, ...]:
         query, _, value = (args if name == "na_forward" else args[2:])[:3]
-        reason = unusable_triton(query.dtype, query.shape[-1], value.shape[-1], _capability(query.device))
+        reason = unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
         if reason is not None:
             raise NotImplementedError(f"natten2::{name} has no kernel for this call: {reason}")
         return load()(*args)
@@ -68,7 +72,8 @@ def _register(name: str) -> None:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """That of an NVIDIA GPU, `None` of another maker's."""
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
