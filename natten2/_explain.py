@@ -87,8 +87,12 @@ def _costs(call: Call, is_backward: bool) -> str:
 
 
 def _kernels(call: Call, has_bias: bool, is_backward: bool) -> Iterator[Sequence[str]]:
+    # The launcher needs Triton, which is there where its kernels run.
+    from natten2.ops.triton.launch import _PART_STEPS, _PROGRAMS
+
     window = (call.kernel_size, call.stride, call.is_causal)
-    tiling = choose_tiling(*window, call.head_dim, call.value_dim, is_backward=is_backward)
+    row_bytes = max(call.head_dim, call.value_dim) * call.element_size
+    tiling = choose_tiling(*window, row_bytes, is_backward=is_backward)
     owners = {"forward_kernel": False}
     if is_backward:
         owners = {"grad_query_kernel": False, "grad_key_value_kernel": True}
@@ -97,8 +101,9 @@ def _kernels(call: Call, has_bias: bool, is_backward: bool) -> Iterator[Sequence
         axes = (call.spatial, call.kernel_size, call.stride, call.dilation, call.is_causal)
         waste = computed_pairs(tiling, *axes, owns_keys=owns_keys) / call.window_pairs
         programs = count_tiles(call.spatial, call.dilation, tiling.tile) * call.batch * heads
+        parts = max(1, min(_PROGRAMS // programs, tiling.steps // _PART_STEPS))
         sizes = (f"{times(tiling.tile)} {own}", f"{times(tiling.box)} {other}", str(tiling.block))
-        yield name, *sizes, str(programs), f"{waste:.2f}"
+        yield name, *sizes, str(programs * parts), f"{waste:.2f}"
     if is_backward and has_bias:
         yield ("grad_bias_kernel",)
     if is_backward and call.additional:

@@ -74,7 +74,8 @@ def count_by_hand(tiling: Tiling, problem: Problem, owns_keys: bool) -> tuple[in
     return total, prod(map(len, tiles))
 
 
-SMALL = Tiling((2, 4, 2), (1, 4, 8), 16, 4, 2)
+def tiling_of(tile: tuple[int, ...], box: tuple[int, ...], block: int) -> Tiling:
+    return Tiling(tile, box, block, steps=1, warps=4, stages=2, max_registers=None)
 
 
 @settings(max_examples=40)
@@ -82,8 +83,8 @@ SMALL = Tiling((2, 4, 2), (1, 4, 8), 16, 4, 2)
 @pytest.mark.parametrize("owns_keys", [False, True])
 def test_waste_is_what_counting_gives(owns_keys: bool, problem: Problem):
     rank = len(problem.spatial)
-    chosen = choose_tiling(problem.kernel_size, problem.stride, problem.is_causal, 32, 32, is_backward=owns_keys)
-    for tiling in (chosen, Tiling(SMALL.tile[-rank:], SMALL.box[-rank:], SMALL.block, 4, 2)):
+    chosen = choose_tiling(problem.kernel_size, problem.stride, problem.is_causal, 64, is_backward=owns_keys)
+    for tiling in (chosen, tiling_of((2, 4, 2)[-rank:], (1, 4, 8)[-rank:], 16)):
         pairs, tiles = count_by_hand(tiling, problem, owns_keys)
         assert computed_pairs(tiling, *axes_of(problem), owns_keys=owns_keys) == pairs
         assert pairs >= call_of(problem).window_pairs
@@ -91,7 +92,7 @@ def test_waste_is_what_counting_gives(owns_keys: bool, problem: Problem):
 
 
 def test_a_window_much_longer_than_the_tile_wastes_little():
-    tiling, axes = Tiling((128,), (128,), 128, 4, 2), ((32768,), (2048,), (1,), (1,), (False,))
+    tiling, axes = tiling_of((128,), (128,), 128), ((32768,), (2048,), (1,), (1,), (False,))
     assert computed_pairs(tiling, *axes) / (32768 * 2048) == pytest.approx(1.06, abs=0.01)
 
 
@@ -123,7 +124,7 @@ def test_what_a_gpu_runs(capsys: Capture):
         "grad_bias_kernel",
         "grad_additional_kernel",
     ]
-    tiling = choose_tiling((7, 7), (1, 1), (False, False), 32, 32)
+    tiling = choose_tiling((7, 7), (1, 1), (False, False), 64)
     pairs = computed_pairs(tiling, (56, 56), (7, 7), (1, 1), (8, 4), (False, False))
     assert kernels["forward_kernel"] == [
         f"{tiling.tile[0]} x {tiling.tile[1]} queries",
@@ -141,6 +142,12 @@ def test_programs_of_keys_are_for_heads_of_keys(capsys: Capture):
     assert "causal\ncuda, compute capability 8.0: bfloat16, 1 key heads, value_dim 16\n" in output
     programs = [int(line.split()[-2]) for line in output.splitlines() if "_kernel " in line]
     assert programs[1] == 2 * programs[2]
+
+
+def test_few_tiles_are_cut_into_parts(capsys: Capture):
+    output = explained(capsys, "--device cuda --capability 9.0 --shape 1 32768 1 128 --kernel-size 2048")
+    (forward,) = (line for line in output.splitlines() if "forward_kernel" in line)
+    assert int(forward.split()[-2]) > 32768 // choose_tiling((2048,), (1,), (False,), 256).tile[0]
 
 
 @pytest.mark.parametrize(
