@@ -105,7 +105,7 @@ about() {
 }
 
 run_tests() {
-    local options=(tests/test_gpu.py -q -p no:cacheprovider)
+    local options=(tests/test_gpu.py -q -m "not long" -p no:cacheprovider)
     if ((!gpu)); then
         NATTEN2_TEST_DEVICE=cpu "$PYTHON" -m pytest "${options[@]}" -k 'strided or hidden or bad_input'
         return

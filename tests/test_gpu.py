@@ -171,8 +171,15 @@ def test_shapes_of_models(problem: Problem, dtype: torch.dtype):
     check_close(problem, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index", range(len(golden_cases())))
+def golden_problems() -> Iterator[object]:
+    """Every case in every dtype. Compiling takes seconds, so one of the half precisions is left to the long tests."""
+    for index in range(len(golden_cases())):
+        for dtype in DTYPES:
+            marks = [pytest.mark.long] if dtype is HALF[index % 2] else []
+            yield pytest.param(index, dtype, marks=marks, id=f"{index}-{dtype}")
+
+
+@pytest.mark.parametrize(("index", "dtype"), golden_problems())
 def test_golden(index: int, dtype: torch.dtype):
     if refusal(dtype) is not None:
         pytest.skip(refusal(dtype))
@@ -184,8 +191,14 @@ def test_a_dtype_has_a_kernel_or_an_error_that_names_it(dtype: torch.dtype):
     assert refusal(dtype) is None or (dtype is torch.float64 and str(dtype) in refusal(dtype))
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 2, 3, 15, 16, 17, 31, 33, 64, 80, 127, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        *((head_dim, torch.bfloat16) for head_dim in (1, 2, 3, 15, 16, 17, 31, 33, 64, 80, 127, 128, 192, 256)),
+        *((head_dim, dtype) for head_dim in (1, 33, 128, 256) for dtype in (torch.float32, torch.float16)),
+    ],
+    ids=str,
+)
 def test_every_head_dim(head_dim: int, dtype: torch.dtype):
     problem = random_problem((5, 6), (3, 4), head_dim=head_dim, value_dim=head_dim % 256 + 1, bias=True, additional=2)
     check_close(problem, dtype)
