@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,7 +27,7 @@ from benchmarks.cpu import positive
 from benchmarks.floors import Rates
 from benchmarks.gpu_cases import JOBS, MODES, Job, shrink
 from benchmarks.gpu_check import Expected, expect
-from benchmarks.gpu_device import NO_GPU, Cuda, Device, NoGpu
+from benchmarks.gpu_device import Cuda, Device, NoGpu
 from benchmarks.gpu_implementations import GPU_IMPLEMENTATIONS, OURS
 from benchmarks.gpu_plot import plot
 from benchmarks.gpu_records import GpuRecord, format_gpu_records, read_records, record
@@ -40,6 +41,7 @@ _DTYPE = torch.bfloat16
 # Others round scores and weights to the inputs' dtype, so these are wider than natten2's.
 _TOLERANCE, _TOLERANCE_OF_OTHERS = 2e-2, 5e-2
 _SMALLEST_RMS = 1e-6
+_LOST = 75  # EX_TEMPFAIL: a new process may succeed
 _QUICK = GpuSettings(rounds=3, warmups=1, seconds=1.0, repeats=2)
 
 
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-seconds", type=positive, metavar="S", help="start nothing new after as many seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, after every case")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file of --json already holds")
+    parser.add_argument("--show", nargs="+", type=Path, metavar="FILE", help="print such files, and measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture there")
     parser.add_argument("--no-gpu", action="store_true", help="try this code on the processor; numbers mean nothing")
 
@@ -74,8 +77,11 @@ def main(options: argparse.Namespace) -> None:
     """Measures what the options ask for, prints a table, and writes the files.
 
     Raises:
-        SystemExit: There is no GPU, natten2 failed somewhere, or the device was lost.
+        SystemExit: There is no GPU, natten2 failed somewhere (1), or the device was lost (75).
     """
+    if options.show is not None:
+        print("\n\n".join(map(_show, options.show)))
+        return
     if not options.no_gpu and not torch.cuda.is_available():
         raise SystemExit("error: there is no GPU; --no-gpu tries the benchmark's code without one")
     device = NoGpu() if options.no_gpu else Cuda()
@@ -86,8 +92,9 @@ def main(options: argparse.Namespace) -> None:
     jobs = [job for job in JOBS if job.name in options.case]
     plan = [(shrink(job) if options.no_gpu else job, mode) for job in jobs for mode in options.mode or job.modes]
 
-    records = _earlier(options.json) if options.resume else []
-    title = _title(run)
+    records = _earlier(options.json, device) if options.resume else []
+    rates = run.rates
+    title = _title(_describe(device), rates.flops_per_second / 1e12, rates.bytes_per_second / 1e9)
     print(title)
     skipped = _measure_all(plan, run, records, partial(_write, options.json, run))
     print(format_gpu_records(records))
@@ -95,11 +102,12 @@ def main(options: argparse.Namespace) -> None:
         print(f"\nnot started: {', '.join(skipped)}")
     if options.plot is not None:
         plot(options.plot, records, title)
+    if device.is_lost():
+        print("error: the device was lost; --resume goes on where this run ended", file=sys.stderr)
+        raise SystemExit(_LOST)
     failed = [f"{one.case} {one.mode}" for one in records if OURS in one.failed]
     if failed:
         raise SystemExit(f"error: {OURS} failed in {', '.join(failed)}")
-    if device.is_lost():
-        raise SystemExit("error: the device was lost; --resume goes on where this run ended")
 
 
 def measure(job: Job, mode: str, run: Run) -> GpuRecord:
@@ -177,10 +185,20 @@ def _step(mode: str, attend: Attend, case: Case, inputs: Inputs) -> Callable[[],
     return lambda: torch.autograd.grad(output, inputs.leaves, inputs.grad_output, retain_graph=True)
 
 
-def _earlier(path: Path | None) -> list[GpuRecord]:
+def _earlier(path: Path | None, device: Device) -> list[GpuRecord]:
     if path is None or not path.exists():
         return []
-    return read_records(json.loads(path.read_text()))
+    content = json.loads(path.read_text())
+    before, now = content["machine"]["device"], device.describe()["device"]
+    if before != now:
+        raise SystemExit(f"error: {path} was measured on {before}, and this is {now}")
+    return read_records(content)
+
+
+def _show(path: Path) -> str:
+    content = json.loads(path.read_text())
+    gemm, copy = content["canary"]["gemm_tflop_per_s"], content["canary"]["copy_gb_per_s"]
+    return f"{_title(content['machine'], gemm, copy)}\n{format_gpu_records(read_records(content))}"
 
 
 def _write(path: Path | None, run: Run, records: Sequence[GpuRecord]) -> None:
@@ -209,9 +227,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _title(run: Run) -> str:
+def _title(machine: Mapping[str, str], gemm: float, copy: float) -> str:
     """The device and its canary in one line."""
-    name = run.device.describe()["device"]
-    gemm, copy = run.rates.flops_per_second / 1e12, run.rates.bytes_per_second / 1e9
-    warning = "" if name == NO_GPU else f", torch {torch.__version__}"
-    return f"{name}{warning}: matrix product {gemm:.4g} TFLOP/s, copy {copy:.4g} GB/s"
+    return f"{machine['device']}, torch {machine['torch']}: matrix product {gemm:.4g} TFLOP/s, copy {copy:.4g} GB/s"

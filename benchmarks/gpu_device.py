@@ -21,8 +21,9 @@ __all__ = ["NO_GPU", "Cuda", "Device", "NoGpu"]
 
 NO_GPU = "no GPU: numbers mean nothing"
 _FLUSH_BYTES = 256 * 2**20
-# About half a millisecond, in which the processor queues a whole step, so that none of its own time is in the sample.
-_PAUSE_CYCLES = 1_000_000
+# The device pauses while the processor queues the work; a boosted clock makes a pause no shorter than said here.
+_CYCLES_PER_SECOND = 2_000_000_000
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.001, 0.016
 _CANARY_ROUNDS = 20
 
 
@@ -64,15 +65,28 @@ class Cuda:
         self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.torch_device)
 
     def seconds(self, function: Callable[[], object], *, is_cold: bool = True) -> float:
+        pause = _PAUSE_SECONDS
+        while True:
+            elapsed, queued = self._sample(function, is_cold, pause)
+            # Had the pause ended first, the sample would hold the processor's time too.
+            if queued < pause or pause >= _LONGEST_PAUSE_SECONDS:
+                return elapsed
+            pause *= 4
+
+    def _sample(self, function: Callable[[], object], is_cold: bool, pause: float) -> tuple[float, float]:
+        """Seconds of the device, and those that the processor took to queue them."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         if is_cold:
             self._flushed.zero_()
-        torch.cuda._sleep(_PAUSE_CYCLES)
+        begin = time.perf_counter()
+        torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
         start.record()
         function()
         end.record()
+        queued = time.perf_counter() - begin
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, queued
 
     def capture(self, function: Callable[[], object], repeats: int) -> Callable[[], object]:
         side = torch.cuda.Stream()

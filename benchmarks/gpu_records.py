@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 
@@ -30,6 +30,16 @@ class Result:
     matrix_percent: float  # of the floor, the time of the products at the rate of the large product
 
 
+# What a goal may be about, other than the ratio to another implementation.
+_MEASURES: dict[str, Callable[[Result], float]] = {
+    "memory %": lambda result: result.memory_percent,
+    "matrix %": lambda result: result.matrix_percent,
+    "TFLOP/s": lambda result: result.tflop_per_s,
+    "ms": lambda result: result.median_us / 1e3,
+}
+_LONGEST_REASON = 120
+
+
 @dataclass(frozen=True)
 class GpuRecord:
     """One case in one mode; the dictionaries are keyed by implementation."""
@@ -43,7 +53,7 @@ class GpuRecord:
     results: dict[str, Result]
     ratio: dict[str, float]  # of its time to natten2's, the median over the rounds
     failed: dict[str, str]  # the reason
-    goal: dict[str, object] | None = field(default=None)
+    goals: list[dict[str, object]] = field(default_factory=list)
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -66,6 +76,8 @@ def record(
     results = {name: _result(meanings[name], mode, seconds, rates) for name, seconds in samples.items()}
     floor = floors(job.case, mode, rates)
     ours = samples.get(OURS)
+    ratios = {name: _digits(ratio(one, ours)) for name, one in samples.items() if ours and name != OURS}
+    goals = job.goals if mode == job.modes[0] else ()
     return GpuRecord(
         case=job.name,
         mode=mode,
@@ -74,9 +86,9 @@ def record(
         memory_floor_us=_digits(1e6 * floor.memory),
         matrix_floor_us=_digits(1e6 * floor.matrix),
         results=results,
-        ratio={name: _digits(ratio(one, ours)) for name, one in samples.items() if ours and name != OURS},
+        ratio=ratios,
         failed=dict(failed),
-        goal=_goal(job, mode, results.get(OURS)),
+        goals=[_judge(goal, results.get(OURS), ratios) for goal in goals if goal.measure in (*_MEASURES, *meanings)],
     )
 
 
@@ -89,11 +101,17 @@ def read_records(content: Mapping[str, object]) -> list[GpuRecord]:
 
 
 def format_gpu_records(records: Sequence[GpuRecord]) -> str:
-    """A table of all measurements, then what failed, then the goals."""
-    header = ["case", "mode", "implementation", "µs", "p20", "p80", "TFLOP/s", "GB/s", "memory %", "matrix %", "ratio"]
-    rows = [_row(one, name) for one in records for name in one.results]
-    failures = [f"{one.case} {one.mode}: {name} failed: {why}" for one in records for name, why in one.failed.items()]
-    goals = [_verdict(one) for one in records if one.goal is not None]
+    """A table of natten2's measurements and of the others' ratios, then what failed, then the goals."""
+    others = list(dict.fromkeys(name for one in records for name in (*one.results, *one.failed) if name != OURS))
+    header = ["case", "mode", "µs", "p20", "p80", "TFLOP/s", "GB/s", "memory %", "matrix %"]
+    header += [f"{name} / {OURS}" for name in others]
+    rows = [_row(one, others) for one in records]
+    failures = [
+        f"{one.case} {one.mode}: {name} failed: {why[:_LONGEST_REASON]}"
+        for one in records
+        for name, why in one.failed.items()
+    ]
+    goals = [_verdict(one, goal) for one in records for goal in one.goals]
     blocks = [format_table(header, rows), "\n".join(failures), "\n".join(goals)]
     return "\n\n".join(block for block in blocks if block)
 
@@ -113,34 +131,25 @@ def _result(case: Case, mode: str, seconds: Sequence[float], rates: Rates) -> Re
     )
 
 
-def _goal(job: Job, mode: str, result: Result | None) -> dict[str, object] | None:
-    if job.goal is None or mode != job.modes[0]:
-        return None
-    value = None if result is None else _value(job.goal, result)
-    return {**asdict(job.goal), "value": value, "reached": value is not None and job.goal.reached(value)}
+def _judge(goal: Goal, result: Result | None, ratios: Mapping[str, float]) -> dict[str, object]:
+    if goal.measure in _MEASURES:
+        value = None if result is None else _MEASURES[goal.measure](result)
+    else:
+        value = ratios.get(goal.measure)
+    return {**asdict(goal), "value": value, "reached": value is not None and goal.reached(value)}
 
 
-def _value(goal: Goal, result: Result) -> float:
-    values = {
-        "memory %": result.memory_percent,
-        "matrix %": result.matrix_percent,
-        "TFLOP/s": result.tflop_per_s,
-        "ms": result.median_us / 1e3,
-    }
-    return values[goal.measure]
+def _row(one: GpuRecord, others: Sequence[str]) -> list[str]:
+    ours, numbers = one.results.get(OURS), ["-"] * 7
+    if ours is not None:
+        rates = (ours.tflop_per_s, ours.gb_per_s, ours.memory_percent, ours.matrix_percent)
+        numbers = [f"{number:.1f}" for number in (ours.median_us, ours.p20_us, ours.p80_us, *rates)]
+    return [one.case, one.mode, *numbers, *(f"{one.ratio[name]:.2f}" if name in one.ratio else "-" for name in others)]
 
 
-def _row(one: GpuRecord, name: str) -> list[str]:
-    result = one.results[name]
-    times = [f"{number:.1f}" for number in (result.median_us, result.p20_us, result.p80_us)]
-    rates = [f"{number:.1f}" for number in (result.tflop_per_s, result.gb_per_s)]
-    shares = [f"{number:.1f}" for number in (result.memory_percent, result.matrix_percent)]
-    return [one.case, one.mode, name, *times, *rates, *shares, f"{one.ratio[name]:.2f}" if name in one.ratio else "-"]
-
-
-def _verdict(one: GpuRecord) -> str:
-    goal = one.goal
-    value = "no result" if goal["value"] is None else f"{goal['value']:.4g} {goal['measure']}"
+def _verdict(one: GpuRecord, goal: Mapping[str, object]) -> str:
+    unit = goal["measure"] if goal["measure"] in _MEASURES else f"times as fast as {goal['measure']}"
+    value = "no result" if goal["value"] is None else f"{goal['value']:.4g} {unit}"
     state = "reached" if goal["reached"] else "missed"
     return f"{goal['name']} {one.case} {one.mode}: {state}: {value}, must {goal['must']:.4g}, aim {goal['aim']:.4g}"
 

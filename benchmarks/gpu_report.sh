@@ -4,9 +4,10 @@
 #   benchmarks/gpu_report.sh [--no-gpu] [--fresh] [OUT_DIR]
 #
 # Builds natten2 in place, runs the GPU's tests, measures, and watches memory accesses, the most valuable first. OUT_DIR,
-# by default benchmarks/results/<device>, gets a log of each part, the numbers and pictures of natten2 against others
-# (gpu-<device>.json, .png) and against FlexAttention (gpu-<device>-flex.json, .png), and report.txt, which is printed. A part that fails does not stop the next; one that was fine in OUT_DIR is not run again,
-# unless --fresh. The exit status is 1 if any part failed.
+# by default benchmarks/results/<device>, gets the numbers and pictures of natten2 against others (gpu-<device>.json,
+# .png) and against FlexAttention (gpu-<device>-flex.json, .png), every part's output (log.txt), and report.txt, which is
+# printed. A part that fails does not stop the next; one that was fine in OUT_DIR is not run again, unless --fresh. The
+# exit status is 1 if any part failed.
 #
 # --no-gpu tries this script on the processor with small stand-ins; what it measures means nothing.
 #
@@ -14,7 +15,7 @@
 set -uo pipefail
 
 PYTHON=${PYTHON:-python3}
-DEADLINE=${DEADLINE:-585}
+DEADLINE=${DEADLINE:-555}
 REPOSITORY=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
@@ -57,22 +58,34 @@ part() {
         note "$name" skipped 0 "no time was left"
         return
     fi
-    timeout --kill-after=10 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
+    printf '\n== %s\n' "$name" >>"$log"
+    log_start=$(wc -c <"$log")
+    export log_start
+    timeout --kill-after=10 "$((limit < left ? limit : left))" "$@" >>"$log" 2>&1
     status=$?
     case $status in
         0) note "$name" ok "$((SECONDS - start))" "$(remark "$name")" ;;
         124 | 137) note "$name" failed "$((SECONDS - start))" "ran out of time" && failures=1 ;;
-        77) note "$name" skipped "$((SECONDS - start))" "$(tail -n 1 "$out/$name.log" | cut -c 1-100)" ;;
-        *) note "$name" failed "$((SECONDS - start))" "exit status $status, see $name.log" && failures=1 ;;
+        77) note "$name" skipped "$((SECONDS - start))" "$(last_line)" ;;
+        *) note "$name" failed "$((SECONDS - start))" "exit status $status: $(last_line)" && failures=1 ;;
     esac
 }
 
-# The line of a log that tells the most.
+# What the part that ran last has written.
+part_log() {
+    tail -c +"$((log_start + 1))" "$log"
+}
+
+last_line() {
+    part_log | tail -n 1 | cut -c 1-100
+}
+
+# What to say of a part that was fine.
 remark() {
     case $1 in
-        tests) tail -n 1 "$out/tests.log" | tr -d '=' | sed 's/^ *//;s/ *$//' ;;
-        bench | flex) grep -m 1 'matrix product' "$out/$1.log" ;;
-        memcheck | racecheck) grep -h 'SUMMARY' "$out/$1.log" | tail -n 1 ;;
+        tests | warm) last_line | tr -d '=' | sed 's/^ *//;s/ *$//' ;;
+        bench | flex) part_log | grep -m 1 'matrix product' ;;
+        memcheck | racecheck) part_log | grep -h 'SUMMARY' | tail -n 1 ;;
     esac
 }
 
@@ -92,15 +105,23 @@ about() {
 }
 
 run_tests() {
-    local options=(tests/test_gpu.py -q -p no:cacheprovider)
-    # Most of the time goes into compiling a kernel per problem, on one core each.
-    if "$PYTHON" -c 'import xdist' 2>/dev/null && ((gpu)); then
-        options+=(-n 12)
-    fi
-    if ((gpu)); then
-        "$PYTHON" -m pytest "${options[@]}"
-    else
+    local options=(tests/test_gpu.py -q -m "not long" -p no:cacheprovider)
+    if ((!gpu)); then
         NATTEN2_TEST_DEVICE=cpu "$PYTHON" -m pytest "${options[@]}" -k 'strided or hidden or bad_input'
+        return
+    fi
+    # Most of the time goes into compiling a few kernels per problem, on one core each.
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        options+=(-n "$(nproc)" --dist worksteal)
+    fi
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${options[@]}"
+}
+
+warm() {
+    if ((gpu)); then
+        "$PYTHON" -m benchmarks.gpu_warm
+    else
+        "$PYTHON" -m benchmarks.gpu_warm --device cpu --processes 1
     fi
 }
 
@@ -110,10 +131,16 @@ bench() {
     local options=(--json "$out/$1.json" --plot "$out/$1.png" --implementation "${@:3}")
     if ((!gpu)); then
         "$PYTHON" -m benchmarks gpu --no-gpu "${options[@]}" --case nat-tiny-1-b128 volume nat-tiny-4-b1-latency
-    elif ! "$PYTHON" -m benchmarks gpu "${options[@]}" --budget-seconds "$2"; then
-        # An illegal memory access loses the device for its process alone: a new one takes up where it ended.
-        "$PYTHON" -m benchmarks gpu "${options[@]}" --budget-seconds "$(($2 / 3))" --resume
+        return
     fi
+    "$PYTHON" -m benchmarks gpu "${options[@]}" --budget-seconds "$2"
+    local status=$?
+    # An illegal memory access loses the device for its process alone: a new one takes up where it ended.
+    if ((status > 1)); then
+        "$PYTHON" -m benchmarks gpu "${options[@]}" --budget-seconds "$(($2 / 4))" --resume
+        return
+    fi
+    return "$status"
 }
 
 sanitize() { # tool
@@ -121,6 +148,7 @@ sanitize() { # tool
         "$PYTHON" -m benchmarks.sanitize --device cpu
         return
     fi
+    local -x PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
     if ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed"
         return 77
@@ -128,7 +156,7 @@ sanitize() { # tool
     compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes application-only \
         "$PYTHON" -m benchmarks.sanitize
     local status=$?
-    if grep -q 'Device not supported' "$out/$1.log"; then
+    if part_log | grep -q 'Device not supported'; then
         echo "compute-sanitizer does not support this device"
         return 77
     fi
@@ -136,13 +164,14 @@ sanitize() { # tool
 }
 
 report() {
-    echo
-    for name in bench flex; do
-        if [[ -s $out/$name.log ]]; then
-            cat "$out/$name.log"
-            echo
-        fi
+    local files=("$out/gpu-$slug.json" "$out/gpu-$slug-flex.json") there=()
+    for file in "${files[@]}"; do
+        [[ -s $file ]] && there+=("$file")
     done
+    if ((${#there[@]})); then
+        "$PYTHON" -m benchmarks gpu --show "${there[@]}"
+    fi
+    echo
     printf '%-10s %-8s %6s  %s\n' part state seconds remark
     printf '%s\n' "${rows[@]}"
     echo "all parts: $SECONDS s, in $out"
@@ -165,21 +194,22 @@ print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"
     fi
     mkdir -p "$out"
     out=$(cd -- "$out" && pwd)
-    status_file=$out/status.tsv
-    ((fresh)) && rm -f "$status_file"
-    touch "$status_file"
+    status_file=$out/status.tsv log=$out/log.txt
+    ((fresh)) && rm -f "$status_file" "$log"
+    touch "$status_file" "$log"
     failures=0 rows=()
-    export PYTHON REPOSITORY gpu out slug PYTHONUNBUFFERED=1
-    export -f build about run_tests bench sanitize
+    export PYTHON REPOSITORY gpu out slug log PYTHONUNBUFFERED=1
+    export -f build about run_tests warm bench sanitize part_log
     part build 120 bash -c build
     part about 60 bash -c about
-    part tests 180 bash -c run_tests
-    part bench 200 bash -c 'bench "gpu-$slug" 150 natten2 swin natten-hopper natten-cutlass'
-    # FlexAttention compiles for many seconds per case, which would keep natten2's later cases waiting.
-    part flex 130 bash -c 'bench "gpu-$slug-flex" 100 natten2 flex-tiled flex'
+    part tests 190 bash -c run_tests
+    part warm 60 bash -c warm
+    part bench 130 bash -c 'bench "gpu-$slug" 90 natten2 swin natten-hopper natten-cutlass'
     part memcheck 60 bash -c 'sanitize memcheck'
+    # FlexAttention compiles for many seconds per case, which would keep natten2's later cases waiting.
+    part flex 100 bash -c 'bench "gpu-$slug-flex" 70 natten2 flex-tiled flex'
     part racecheck 60 bash -c 'sanitize racecheck'
-    report | tee "$out/report.txt"
+    report 2>&1 | tee "$out/report.txt"
     exit "$failures"
 }
 

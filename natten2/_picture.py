@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Window", "draw_image", "draw_text", "summary"]
+__all__ = ["Window", "describe", "draw_image", "draw_text", "summary", "times"]
 
 
 class Mark(enum.IntEnum):
@@ -133,22 +133,32 @@ class View:
                 yield f"Axis {axis} is cropped to {_interval(drawn)} of 0-{length - 1}{loss}."
 
 
+def describe(
+    shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> str:
+    """A shape and the parameters of its windows, in one line."""
+    parameters = [f"shape {times(shape)}"]
+    for name, values in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        parameters.append(f"{name} {times(values) if len(set(values)) > 1 else values[0]}")
+    causal = [f"axis {axis}" for axis, flag in enumerate(is_causal) if flag]
+    if causal:
+        parameters.append("causal" if all(is_causal) else f"causal on {' and '.join(causal)}")
+    return ", ".join(parameters)
+
+
 def summary(window: Window) -> list[str]:
     """The parameters of the window, and which keys the query sees."""
-    parameters = [f"shape {_times(window.shape)}"]
-    for name in ("kernel_size", "stride", "dilation"):
-        values = getattr(window, name)
-        parameters.append(f"{name} {_times(values) if len(set(values)) > 1 else values[0]}")
-    causal = [f"axis {axis}" for axis, flag in enumerate(window.is_causal) if flag]
-    if causal:
-        parameters.append("causal" if all(window.is_causal) else f"causal on {' and '.join(causal)}")
-
+    parameters = describe(window.shape, window.kernel_size, window.stride, window.dilation, window.is_causal)
     counts = [len(keys) for keys in window.keys]
     total = math.prod(counts)
-    count = f"{_times(counts)} = {total}" if len(counts) > 1 else f"{total}"
+    count = f"{times(counts)} = {total}" if len(counts) > 1 else f"{total}"
     query = ", ".join(map(str, window.query))
     slices = ", ".join(_slice(keys) for keys in window.keys)
-    return [", ".join(parameters), f"query ({query}) sees {count} {'key' if total == 1 else 'keys'}: key[:, {slices}]"]
+    return [parameters, f"query ({query}) sees {count} {'key' if total == 1 else 'keys'}: key[:, {slices}]"]
 
 
 def draw_text(window: Window, width: int, encoding: str) -> str:
@@ -293,7 +303,8 @@ def _wrap(paragraphs: Iterable[str], width: int) -> list[str]:
     return [line for text in paragraphs for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 
 
-def _times(values: Sequence[int]) -> str:
+def times(values: Sequence[int]) -> str:
+    """A size per axis, such as `7 x 7`."""
     return " x ".join(map(str, values))
 
 

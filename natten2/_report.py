@@ -11,10 +11,10 @@ from natten2 import __version__, _extension
 from natten2.ops.cuda import unusable_triton
 from natten2.ops.schemas import LIBRARY, na_backward, na_forward
 
-__all__ = ["report"]
+__all__ = ["DEVICE_TYPES", "cpu_kernels", "report"]
 
-_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
-_GPU_TYPES = _DEVICE_TYPES[1:]
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+_GPU_TYPES = DEVICE_TYPES[1:]
 
 
 def report() -> str:
@@ -24,12 +24,12 @@ def report() -> str:
         "Python": platform.python_version(),
         "platform": platform.platform(),
         "library": str(_extension.library_path()),
-        "CPU kernels": _cpu_kernels(),
+        "CPU kernels": cpu_kernels(),
         "threads": str(torch.get_num_threads()),
     }
     lines = [f"natten2 {__version__}", *_table({**facts, **(_gpus() or {"GPUs": "none"})})]
     for operator in (na_forward, na_backward):
-        kernels = {device_type: _support(operator, device_type) for device_type in _DEVICE_TYPES}
+        kernels = {device_type: _support(operator, device_type) for device_type in DEVICE_TYPES}
         lines += ["", f"Kernels of {operator._opname}", *_table(kernels)]
     lines += ["", "untried: there is no such device; the dtypes are what the operator's checks accept."]
     return "\n".join(lines)
@@ -40,7 +40,8 @@ def _table(entries: dict[str, str]) -> list[str]:
     return [f"  {label.ljust(width)}  {text}" for label, text in entries.items()]
 
 
-def _cpu_kernels() -> str:
+def cpu_kernels() -> str:
+    """The instruction sets that can run here, and which one does."""
     reason = ", as NATTEN2_CPU_CAPABILITY asks" if os.environ.get("NATTEN2_CPU_CAPABILITY") else ""
     return f"{', '.join(_extension.cpu_capabilities())} can run here; chosen: {_extension.cpu_capability()}{reason}"
 

@@ -1,10 +1,8 @@
-"""The benchmark of a GPU, tried without one: floors, statistics, checks, failures, the command, and the report."""
+"""The benchmark of a GPU, tried without one: floors, statistics, checks, failures, and the command."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import prod
@@ -16,14 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("tqdm")
 
-from benchmarks import sanitize
+from benchmarks import gpu_warm, sanitize
 from benchmarks.__main__ import main
 from benchmarks.baselines import swin_attention, swin_sdpa_attention
 from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.compare import MODES as STEPS
 from benchmarks.compare import WrongResultError, check
 from benchmarks.flex import Order, prepare_flex, tile_for
-from benchmarks.floors import Rates, floors, mean_keys, useful_bytes, useful_flops
+from benchmarks.floors import Rates, floors, useful_bytes, useful_flops
 from benchmarks.gpu import Run, measure
 from benchmarks.gpu_cases import JOBS, Goal, Job, shrink
 from benchmarks.gpu_check import expect_everything, expect_samples
@@ -33,7 +31,6 @@ from benchmarks.gpu_records import format_gpu_records, percentiles, read_records
 from benchmarks.gpu_timing import Budget, GpuSettings, reason, sample_rounds
 from benchmarks.implementations import IMPLEMENTATIONS
 
-ROOT = Path(__file__).parent.parent
 H100 = Rates(flops_per_second=798e12, bytes_per_second=3.0e12)
 QUICK = GpuSettings(rounds=2, warmups=1, seconds=1.0, repeats=2)
 SMALL = Job(Case("small", (8, 8), 3, heads=2, head_dim=8, bias=True), ("fwd",))
@@ -69,14 +66,6 @@ def test_floors_of_the_published_shapes(name: str, mode: str, gflop: float, mega
     assert 1e6 * floors(case, mode, H100).binding == pytest.approx(microseconds, rel=3e-3)
 
 
-def test_a_causal_window_counts_the_keys_that_are_there():
-    # Queries 0, 1, and 2 see 1, 2, and 3 keys, and all others 3; dilation makes two sequences of five.
-    assert mean_keys(Case("", (10,), 3, is_causal=True)) == pytest.approx((1 + 2 + 3 * 8) / 10)
-    assert mean_keys(Case("", (10, 7), (3, 4), dilation=(2, 1), is_causal=(True, False))) == pytest.approx(
-        4 * (2 * (1 + 2 + 3 * 3)) / 10
-    )
-
-
 def test_shared_keys_and_additional_keys_count_once():
     case = Case("", (10,), 3, heads=4, key_heads=2, head_dim=8, additional=5, batch=3)
     assert useful_bytes(case, "fwd") == 3 * (2 * 10 * 4 * 8 * 2 + 2 * 15 * 2 * 8 * 2 + 10 * 4 * 4)
@@ -91,9 +80,9 @@ def test_percentiles():
 
 def test_case_names_differ_and_goals_come_first():
     assert len({job.name for job in JOBS}) == len(JOBS)
-    with_goal = [job.goal is not None for job in JOBS]
+    with_goal = [bool(job.goals) for job in JOBS]
     assert with_goal == sorted(with_goal, reverse=True)
-    assert {job.goal.name for job in JOBS if job.goal} == {"G1", "G2", "G3", "G4", "G5", "G6", "G9"}
+    assert {goal.name for job in JOBS for goal in job.goals} == {"G1", "G2", "G3", "G4", "G5", "G6", "G9"}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -312,17 +301,25 @@ def test_without_natten2_rivals_have_no_ratio(run: Run):
 
 @pytest.mark.parametrize(
     ("goal", "reached"),
-    [(Goal("G", "ms", 1.0, 0.1), True), (Goal("G", "memory %", 50, 80), False), (Goal("G", "TFLOP/s", 0, 1), True)],
+    [
+        (Goal("G", "ms", 1.0, 0.1), True),
+        (Goal("G", "memory %", 50, 80), False),
+        (Goal("G", "TFLOP/s", 0, 1), True),
+        (Goal("G", "rival", 3, 4), True),
+        (Goal("G", "rival", 3.1, 4), False),
+    ],
 )
 def test_goals(run: Run, goal: Goal, reached: bool):
-    job = replace(SMALL, modes=("bwd", "fwd"), goal=goal)
-    half = 4 * floors(SMALL.case, "bwd", run.rates).memory
-    one = record(job, "bwd", {OURS: [half]}, {OURS: SMALL.case}, {}, run.rates)
+    job = replace(SMALL, modes=("bwd", "fwd"), goals=(goal, Goal("other", "absent", 1, 1)))
+    meanings = dict.fromkeys((OURS, "rival"), SMALL.case)
+    quadruple = 4 * floors(SMALL.case, "bwd", run.rates).memory
+    one = record(job, "bwd", {OURS: [quadruple], "rival": [3 * quadruple]}, meanings, {}, run.rates)
     assert one.results[OURS].memory_percent == pytest.approx(25)
-    assert one.goal["reached"] == reached
+    (judged,) = one.goals
+    assert judged["reached"] == reached
     assert ("reached:" if reached else "missed:") in format_gpu_records([one])
-    assert record(job, "fwd", {OURS: [half]}, {OURS: SMALL.case}, {}, run.rates).goal is None
-    assert "missed: no result" in format_gpu_records([record(job, "bwd", {}, {}, {OURS: "broken"}, run.rates)])
+    assert record(job, "fwd", {OURS: [quadruple]}, meanings, {}, run.rates).goals == []
+    assert "missed: no result" in format_gpu_records([record(job, "bwd", {}, meanings, {OURS: "broken"}, run.rates)])
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -376,6 +373,21 @@ def test_a_spent_budget_starts_nothing_and_a_later_run_takes_up(
     assert after[:1] == before
     assert [one["case"] for one in after] == ["volume", "nat-tiny-4-b128"]
 
+    capsys.readouterr()
+    main(["gpu", "--show", str(file), str(file)])
+    printed = capsys.readouterr().out
+    assert printed.count(NO_GPU) == 2
+    assert printed.count("nat-tiny-4-b128") == 2
+
+
+def test_numbers_of_two_devices_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "gpu.json"
+    options = ["gpu", "--no-gpu", "--rounds", "1", "--implementation", OURS, "--json", str(file), "--mode", "fwd"]
+    main([*options, "--case", "volume"])
+    monkeypatch.setattr(NoGpu, "describe", lambda self: {"device": "another"})
+    with pytest.raises(SystemExit, match=f"was measured on {NO_GPU}, and this is another"):
+        main([*options, "--case", "nat-tiny-4-b128", "--resume"])
+
 
 def test_a_failure_of_natten2_is_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -393,9 +405,12 @@ def test_a_failure_of_natten2_is_the_exit_status(
 
 def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(NoGpu, "is_lost", lambda self: True)
-    with pytest.raises(SystemExit, match="the device was lost"):
+    with pytest.raises(SystemExit) as exit_:
         main(["gpu", "--no-gpu", "--case", "volume", "--mode", "fwd", "--implementation", OURS])
-    assert "not started: volume fwd" in capsys.readouterr().out
+    assert exit_.value.code == 75
+    captured = capsys.readouterr()
+    assert "not started: volume fwd" in captured.out
+    assert "the device was lost" in captured.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -404,68 +419,21 @@ def test_without_a_gpu_the_command_says_so():
         main(["gpu"])
 
 
+def test_what_is_compiled_ahead_covers_every_job():
+    ahead = gpu_warm.problems(is_small=False)
+    for job in JOBS:
+        for mode in job.modes:
+            step = "fwd" if mode == "fwd" else "fwdbwd"
+            assert any(
+                (one.parameters, one.bias, how) == (job.case.parameters, job.case.bias, step) for one, _, how in ahead
+            )
+
+
+def test_a_problem_that_fails_ahead_gives_its_reason():
+    assert gpu_warm._run((SMALL.case, torch.float32, "fwdbwd"), "cpu") is None
+    assert "small torch.int8 fwd: TypeError: " in gpu_warm._run((SMALL.case, torch.int8, "fwd"), "cpu")
+
+
 def test_the_sweep_for_the_sanitizer_runs(capsys: pytest.CaptureFixture[str]):
     sanitize.main(["--device", "cpu"])
     assert len(capsys.readouterr().out.splitlines()) == len(sanitize.SWEEP)
-
-
-def report(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [ROOT / "benchmarks" / "gpu_report.sh", *arguments],
-        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def states(output: str) -> dict[str, str]:
-    rows = output[output.index("part       state") :].splitlines()[1:-1]
-    return {row.split()[0]: row.split()[1] for row in rows}
-
-
-def test_the_report_runs_through_and_resumes(tmp_path: Path):
-    first = report("--no-gpu", str(tmp_path))
-    assert first.returncode == 0, first.stdout + first.stderr
-    parts = ["build", "about", "tests", "bench", "flex", "memcheck", "racecheck"]
-    assert states(first.stdout) == dict.fromkeys(parts, "ok")
-    measured = {f"gpu-no-gpu{rival}.{kind}" for rival in ("", "-flex") for kind in ("json", "png")}
-    expected = {f"{part}.log" for part in parts} | measured | {"report.txt", "status.tsv"}
-    assert {path.name for path in tmp_path.iterdir()} == expected
-    assert (tmp_path / "report.txt").read_text() in first.stdout
-    assert NO_GPU in first.stdout
-
-    second = report("--no-gpu", str(tmp_path))
-    assert second.returncode == 0
-    assert states(second.stdout) == dict.fromkeys(parts, "ok")
-    assert second.stdout.count("earlier, kept") == len(parts)
-
-
-def test_a_failing_part_stops_no_other(tmp_path: Path):
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in "-m pytest"*) echo broken; exit 3 ;; "-m benchmarks gpu"*) sleep 60 ;; *) echo fine ;; esac\n'
-    )
-    python.chmod(0o755)
-    finished = report("--no-gpu", str(tmp_path / "out"), PYTHON=str(python), DEADLINE="7")
-    assert finished.returncode == 1
-    assert states(finished.stdout) == {
-        "build": "ok",
-        "about": "ok",
-        "tests": "failed",
-        "bench": "failed",
-        "flex": "skipped",
-        "memcheck": "skipped",
-        "racecheck": "skipped",
-    }
-    assert "exit status 3, see tests.log" in finished.stdout
-    assert "ran out of time" in finished.stdout
-    assert "no time was left" in finished.stdout
-
-
-def test_unknown_options_of_the_report_are_refused():
-    finished = report("--bogus")
-    assert finished.returncode == 2
-    assert "unknown option --bogus" in finished.stderr
-    assert "--no-gpu" in report("--help").stdout

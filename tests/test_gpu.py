@@ -44,9 +44,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32() -> Iterator[None]:
+def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     torch.set_float32_matmul_precision(before)
 
@@ -86,6 +87,7 @@ def on_device(operator: Callable) -> Callable:
 
 
 ON_DEVICE = (on_device(na_forward), on_device(na_backward))
+BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
 def exact(problem: Problem) -> test_kernels.Results:
@@ -93,165 +95,31 @@ def exact(problem: Problem) -> test_kernels.Results:
     return test_kernels.run(problem.to(torch.float64))
 
 
-def check_close(problem: Problem, forward: float, backward: float) -> None:
-    """Compares the device's results with the CPU's float64 ones; a vanishing result is compared with 1."""
-    results, grads = test_kernels.run(problem, ON_DEVICE)
-    expected, expected_grads = exact(problem)
-    for name, result, wanted in zip(("output", "logsumexp"), results, expected, strict=True):
-        assert error(result, wanted) <= forward, name
-    for name, grad, wanted in zip(INPUTS, grads, expected_grads, strict=True):
-        assert grad.shape == wanted.shape, name
-        assert error(grad, wanted) <= backward, f"grad_{name}"
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.vector_norm(result.double() - expected.double()).item()
-    return difference / max(torch.linalg.vector_norm(expected.double()).item(), expected.numel() ** 0.5, 1e-300)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index", range(len(golden_cases())))
-def test_golden(index: int, dtype: torch.dtype):
-    if refusal(dtype) is not None:
-        pytest.skip(refusal(dtype))
-    test_kernels.check_golden(golden_cases()[index], dtype, ON_DEVICE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_dtype_has_a_kernel_or_an_error_that_names_it(dtype: torch.dtype):
-    assert refusal(dtype) is None or str(dtype) in refusal(dtype)
-    if dtype is not torch.float64:
-        assert refusal(dtype) is None
-
-
-# Every example compiles kernels of its own.
-@settings(max_examples=15)
-@given(problems(max_tokens=300, min_batch=0))
-def test_random_problems_in_float32(problem: Problem):
-    check_close(problem.to(torch.float32), 1e-5, 3e-5)
-
-
-@settings(max_examples=10)
-@given(problems(max_tokens=300))
-def test_random_problems_in_bfloat16(problem: Problem):
-    check_close(problem.to(torch.bfloat16), 0.02, 0.05)
-
-
-# The shapes that models run with: several tiles along every axis, and every border.
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize(
-    "problem",
-    [
-        random_problem((56, 56), (7, 7), head_dim=32, bias=True),
-        random_problem((56, 56), (7, 7), dilation=(8, 8), head_dim=32, bias=True),
-        random_problem((40, 33), (11, 12), head_dim=64, batch=1),
-        random_problem((64, 48), (20, 16), stride=(16, 8), head_dim=128, batch=1),
-        random_problem((4000,), (600,), head_dim=128, batch=1, heads=1),
-        random_problem((3000,), (513,), is_causal=(True,), head_dim=64, batch=1, heads=4, key_heads=1),
-        random_problem((10, 18, 20), (5, 7, 9), stride=(2, 3, 1), head_dim=64, batch=1, heads=1),
-        random_problem((8, 12, 12), (3, 7, 7), is_causal=(True, False, False), head_dim=32, additional=70),
-    ],
-    ids=["nat", "dinat", "even", "blocks", "sequence", "causal", "volume", "video"],
-)
-def test_shapes_of_models(problem: Problem, dtype: torch.dtype):
-    bound = {torch.float32: 3e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+def check_close(problem: Problem, dtype: torch.dtype, *, may_vanish: bool = False) -> None:
+    """Compares the device's results with the CPU's float64 ones; a result that may vanish is compared with 1."""
     results, grads = test_kernels.run(problem.to(dtype), ON_DEVICE)
     expected, expected_grads = exact(problem.to(dtype))
-    for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
-        assert relative_error(result, wanted) <= bound
+    names = ("output", "logsumexp", *(f"grad_{name}" for name in INPUTS))
+    for name, result, wanted in zip(names, (*results, *grads), (*expected, *expected_grads), strict=True):
+        assert result.shape == wanted.shape, name
+        if may_vanish:
+            difference = torch.linalg.vector_norm(result.double() - wanted).item()
+            size = max(torch.linalg.vector_norm(wanted).item(), wanted.numel() ** 0.5)
+            assert difference <= 5 * BOUNDS[dtype] * size, name
+        else:
+            assert relative_error(result, wanted) <= BOUNDS[dtype], name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("head_dim", [1, 2, 3, 15, 16, 17, 31, 33, 64, 80, 127, 128, 192, 256])
-def test_every_head_dim(head_dim: int, dtype: torch.dtype):
-    problem = random_problem((5, 6), (3, 4), head_dim=head_dim, value_dim=head_dim % 256 + 1, bias=True, additional=2)
-    bound = {torch.float32: 3e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
-    results, grads = test_kernels.run(problem.to(dtype), ON_DEVICE)
-    expected, expected_grads = exact(problem.to(dtype))
-    for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
-        assert relative_error(result, wanted) <= bound
-
-
-@pytest.mark.parametrize("make", [test_operators.plain, test_operators.everything])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_opcheck(rank: int, make: Callable[[int], Problem]):
-    problem = there(make(rank).to(torch.float32))
-    test_operators.opcheck(na_forward, *test_operators.learnable(problem.tensors), *problem.parameters)
-    test_operators.opcheck(na_backward, *test_operators.backward_args(problem))
-    face = getattr(torch.ops.natten2, test_operators.FACES[rank - 1]).default
-    test_operators.opcheck(face, *test_operators.face_args(problem))
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"), list(test_operators.edge_cases()), ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_opcheck_edge_cases(name: str, problem: Problem):
-    problem = there(problem.to(torch.bfloat16))
-    test_operators.opcheck(na_forward, *test_operators.learnable(problem.tensors), *problem.parameters)
-    test_operators.opcheck(na_backward, *test_operators.backward_args(problem))
-
-
-REPEATED = {
-    "image": random_problem((30, 29), (7, 7), head_dim=32, bias=True, additional=3),
-    "sequence": random_problem((5000,), (2048,), head_dim=64, batch=1, heads=1),
-    "shared keys": random_problem((9, 10, 11), (3, 5, 7), head_dim=32, batch=1, heads=4, key_heads=1, bias=True),
-}
-
-
+# Those that take longest come first, so that parallel runs end together. Every example compiles kernels of its own.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", REPEATED)
-def test_results_are_the_same_bits_every_time(name: str, dtype: torch.dtype):
-    problem = there(REPEATED[name].to(dtype))
+@pytest.mark.parametrize("largest", [40, 150, 300])
+def test_random_problems(largest: int, dtype: torch.dtype):
+    @settings(max_examples=5)
+    @given(problems(max_tokens=largest, min_batch=0))
+    def run(problem: Problem) -> None:
+        check_close(problem, dtype, may_vanish=True)
 
-    def results() -> list[Tensor]:
-        forward, backward = test_kernels.run(problem)
-        return [*forward, *backward]
-
-    torch.use_deterministic_algorithms(True)
-    try:
-        first = results()
-        for _ in range(10):
-            for index, (one, other) in enumerate(zip(results(), first, strict=True)):
-                assert torch.equal(one, other), index
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@needs_cuda
-@pytest.mark.parametrize("problem", [REPEATED["image"], REPEATED["sequence"]], ids=["image", "sequence"])
-def test_a_captured_graph_gives_the_same_numbers(problem: Problem):
-    static = there(problem.to(torch.bfloat16))
-    other = there(random_like(problem).to(torch.bfloat16))
-    torch.use_deterministic_algorithms(True)
-    try:
-        expected = [*test_kernels.run(other)[0], *test_kernels.run(other)[1]]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            test_kernels.run(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            forward, backward = test_kernels.run(static)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    pairs = (
-        *zip(static.tensors, other.tensors, strict=True),
-        (static.grad_output, other.grad_output),
-        (static.grad_logsumexp, other.grad_logsumexp),
-    )
-    for mine, theirs in pairs:
-        if mine is not None:
-            mine.copy_(theirs)
-    graph.replay()
-    for index, (result, wanted) in enumerate(zip((*forward, *backward), expected, strict=True)):
-        assert torch.equal(result, wanted), index
-
-
-def random_like(problem: Problem) -> Problem:
-    tensors = tuple(None if tensor is None else torch.randn_like(tensor) for tensor in problem.tensors)
-    upstream = (torch.randn_like(problem.grad_output), torch.randn_like(problem.grad_logsumexp))
-    return Problem(tensors, *problem.parameters, *upstream)
+    run()
 
 
 def test_a_compiled_training_step_gives_the_numbers_of_eager(fresh_compiler: None):
@@ -264,9 +132,9 @@ def test_a_compiled_training_step_gives_the_numbers_of_eager(fresh_compiler: Non
         models.append(nat_tiny(num_classes=5, depths=(1, 1, 1, 1), drop_path_rate=0.0, **changes).to(DEVICE))
     eager, model = models
     images, labels = torch.randn(2, 3, size, size, device=DEVICE), torch.tensor([1, 3], device=DEVICE)
-    losses = [train(eager, eager, images, labels)]
-    losses.append(train(torch.compile(model, fullgraph=True, dynamic=False), model, images, labels))
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    expected = train(eager, eager, images, labels)
+    losses = train(torch.compile(model, fullgraph=True, dynamic=False), model, images, labels)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
     for one, other in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
@@ -283,18 +151,146 @@ def train(function: Callable, model: torch.nn.Module, images: Tensor, labels: Te
     return torch.stack(losses)
 
 
+# The shapes that models run with: several tiles along every axis, and every border.
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        random_problem((56, 56), (7, 7), head_dim=32, bias=True),
+        random_problem((56, 56), (7, 7), dilation=(8, 8), head_dim=32, bias=True),
+        random_problem((40, 33), (11, 12), head_dim=64, batch=1),
+        random_problem((64, 48), (20, 16), stride=(16, 8), head_dim=128, batch=1),
+        random_problem((4000,), (600,), head_dim=128, batch=1, heads=1),
+        random_problem((3000,), (513,), is_causal=(True,), head_dim=64, batch=1, heads=4, key_heads=1),
+        random_problem((10, 18, 20), (5, 7, 9), stride=(2, 3, 1), head_dim=64, batch=1, heads=1),
+        random_problem((8, 12, 12), (3, 7, 7), is_causal=(True, False, False), head_dim=32, additional=70),
+    ],
+    ids=["nat", "dinat", "even", "blocks", "sequence", "causal", "volume", "video"],
+)
+def test_shapes_of_models(problem: Problem, dtype: torch.dtype):
+    check_close(problem, dtype)
+
+
+def golden_problems() -> Iterator[object]:
+    """Every case in every dtype. Compiling takes seconds, so one of the half precisions is left to the long tests."""
+    for index in range(len(golden_cases())):
+        for dtype in DTYPES:
+            marks = [pytest.mark.long] if dtype is HALF[index % 2] else []
+            yield pytest.param(index, dtype, marks=marks, id=f"{index}-{dtype}")
+
+
+@pytest.mark.parametrize(("index", "dtype"), golden_problems())
+def test_golden(index: int, dtype: torch.dtype):
+    if refusal(dtype) is not None:
+        pytest.skip(refusal(dtype))
+    test_kernels.check_golden(golden_cases()[index], dtype, ON_DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_dtype_has_a_kernel_or_an_error_that_names_it(dtype: torch.dtype):
+    assert refusal(dtype) is None or (dtype is torch.float64 and str(dtype) in refusal(dtype))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        *((head_dim, torch.bfloat16) for head_dim in (1, 2, 3, 15, 16, 17, 31, 33, 64, 80, 127, 128, 192, 256)),
+        *((head_dim, dtype) for head_dim in (1, 33, 128, 256) for dtype in (torch.float32, torch.float16)),
+    ],
+    ids=str,
+)
+def test_every_head_dim(head_dim: int, dtype: torch.dtype):
+    problem = random_problem((5, 6), (3, 4), head_dim=head_dim, value_dim=head_dim % 256 + 1, bias=True, additional=2)
+    check_close(problem, dtype)
+
+
+def opchecked() -> Iterator[tuple[str, Problem]]:
+    for rank, make in ((1, test_operators.plain), (2, test_operators.everything), (3, test_operators.plain)):
+        yield f"rank {rank}", make(rank).to(torch.float32)
+    for name, problem in test_operators.edge_cases():
+        yield name, problem.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("name", "problem"), list(opchecked()), ids=lambda x: x if isinstance(x, str) else "")
+def test_opcheck(name: str, problem: Problem):
+    problem = there(problem)
+    test_operators.opcheck(na_forward, *test_operators.learnable(problem.tensors), *problem.parameters)
+    test_operators.opcheck(na_backward, *test_operators.backward_args(problem))
+    face = getattr(torch.ops.natten2, test_operators.FACES[len(problem.spatial) - 1]).default
+    test_operators.opcheck(face, *test_operators.face_args(problem))
+
+
+REPEATED = {
+    "image": random_problem((30, 29), (7, 7), head_dim=32, bias=True, additional=3),
+    "sequence": random_problem((2500,), (1030,), head_dim=64, batch=1, heads=1),
+    "shared keys": random_problem((9, 10, 11), (3, 5, 7), head_dim=32, batch=1, heads=4, key_heads=1, bias=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", REPEATED)
+def test_results_are_the_same_bits_every_time(name: str, dtype: torch.dtype, deterministic: None):
+    problem = there(REPEATED[name].to(dtype))
+
+    first = flat_results(problem)
+    for _ in range(10):
+        for index, (one, other) in enumerate(zip(flat_results(problem), first, strict=True)):
+            assert torch.equal(one, other), index
+
+
+def flat_results(problem: Problem) -> list[Tensor]:
+    return [result for results in test_kernels.run(problem) for result in results]
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, under which PyTorch also fills new tensors with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("problem", [REPEATED["image"], REPEATED["sequence"]], ids=["image", "sequence"])
+def test_a_captured_graph_gives_the_same_numbers(problem: Problem, deterministic: None):
+    static = there(problem.to(torch.bfloat16))
+    other = there(random_like(problem).to(torch.bfloat16))
+    expected = flat_results(other)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        flat_results(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = flat_results(static)
+    overwrite(static, other)
+    graph.replay()
+    for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert torch.equal(result, wanted), index
+
+
+def overwrite(mine: Problem, theirs: Problem) -> None:
+    """Copies the numbers of one problem into the tensors of another."""
+    tensors, others = ((*one.tensors, one.grad_output, one.grad_logsumexp) for one in (mine, theirs))
+    for tensor, other in zip(tensors, others, strict=True):
+        if tensor is not None:
+            tensor.copy_(other)
+
+
+def random_like(problem: Problem) -> Problem:
+    tensors = tuple(None if tensor is None else torch.randn_like(tensor) for tensor in problem.tensors)
+    upstream = (torch.randn_like(problem.grad_output), torch.randn_like(problem.grad_logsumexp))
+    return Problem(tensors, *problem.parameters, *upstream)
+
+
 def test_autocast_runs_in_its_dtype():
     problem = there(random_problem((9, 8), (3, 3), head_dim=16, bias=True, dtype=torch.float32))
     with torch.autocast(DEVICE.type, torch.bfloat16):
         output, logsumexp = na_forward(*problem.tensors, *problem.parameters)
-    expected, _ = na_forward(*there(problem_on_cpu(problem).to(torch.bfloat16)).tensors, *problem.parameters)
+    expected, _ = na_forward(*problem.to(torch.bfloat16).tensors, *problem.parameters)
     assert (output.dtype, logsumexp.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
-
-
-def problem_on_cpu(problem: Problem) -> Problem:
-    tensors = tuple(None if tensor is None else tensor.cpu() for tensor in problem.tensors)
-    return Problem(tensors, *problem.parameters, problem.grad_output.cpu(), problem.grad_logsumexp.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -304,23 +300,14 @@ def test_strided_views_are_read_in_place(dtype: torch.dtype):
     copies = [view.contiguous() for view in views]
     parameters = ((7, 7), (1, 1), (1, 1), (False, False), 0.2)
     expected, _ = na_forward(*copies, None, None, None, *parameters)
-    run_once = lambda: na_forward(*views, None, None, None, *parameters)  # noqa: E731
-    output, _ = run_once()
-    torch.testing.assert_close(output, expected)
     if IS_CUDA:
-        del output, expected, copies
-        results = 2 * views[0].nbytes  # the output, and less than as much for the log-sum-exp
-        assert peak_memory(run_once) < results
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that are allocated at once while a function runs."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    output, _ = na_forward(*views, None, None, None, *parameters)
+    if IS_CUDA:
+        # The output, and less than as much for the log-sum-exp.
+        assert torch.cuda.max_memory_allocated() - before < 2 * views[0].nbytes
+    torch.testing.assert_close(output, expected)
 
 
 def test_strided_gradients_are_read_in_place():
@@ -410,21 +397,18 @@ def test_bad_input_on_two_devices_raises():
 def test_work_is_done_on_the_current_stream():
     problem = random_problem((64, 64), (7, 7), head_dim=32, dtype=torch.float32)
     on_default = there(problem)
-    expected = test_kernels.run(on_default)
+    expected = flat_results(on_default)
     late = there(random_like(problem))
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         # Whoever does not wait for this stream sees the old numbers.
         torch.cuda._sleep(50_000_000)
-        for mine, theirs in zip(late.tensors[:3], on_default.tensors[:3], strict=True):
-            mine.copy_(theirs)
-        late.grad_output.copy_(on_default.grad_output)
-        late.grad_logsumexp.copy_(on_default.grad_logsumexp)
-        results = test_kernels.run(late)
+        overwrite(late, on_default)
+        results = flat_results(late)
     stream.synchronize()
-    for result, wanted in zip((*results[0], *results[1]), (*expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
 
 
 def test_running_out_of_memory_leaves_the_process_usable():
@@ -433,7 +417,7 @@ def test_running_out_of_memory_leaves_the_process_usable():
     huge = token.expand(1, 2**22, 2**16, 1, 64)
     with pytest.raises(expected_error):
         natten2.na2d(huge, huge, huge, 3)
-    check_close(random_problem((9, 8), (3, 3), head_dim=16, dtype=torch.float32), 1e-5, 1e-5)
+    check_close(random_problem((9, 8), (3, 3), head_dim=16), torch.float32)
 
 
 @needs_cuda
@@ -453,9 +437,9 @@ def test_a_loss_of_memory_in_the_backward_leaves_the_process_usable():
 @needs_cuda
 def test_tensors_of_more_than_two_to_the_31_elements():
     tokens, heads, head_dim = 2**20 + 2**10, 32, 64
-    nbytes = 2 * tokens * heads * head_dim
-    if torch.cuda.mem_get_info()[0] < 9 * nbytes:
-        pytest.skip(f"needs {9 * nbytes / 2**30:.0f} GiB of free memory")
+    needed = 12 * 2 * tokens * heads * head_dim
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory")
     query = torch.randn(1, tokens, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
     parameters = ((5,), (1,), (1,), (False,), 0.125)
     output, logsumexp = na_forward(query, query, query, None, None, None, *parameters)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from benchmarks.triton_build import TARGETS
 from natten2.ops import cuda
-from natten2.ops.triton import launch
+from natten2.ops.triton import launch, tiles
 from natten2.ops.triton.tiles import choose_tiling, span
 from natten2.window import key_bounds
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter takes about 10 ms for each program.
-    monkeypatch.setattr(launch, "_PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "_PROGRAMS", 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,8 +92,8 @@ def test_every_head_dim(head_dim: int):
 @pytest.mark.parametrize("programs", [1, 128])
 def test_parts_of_a_tile_are_the_whole(monkeypatch: pytest.MonkeyPatch, programs: int, is_causal: bool):
     # With 128 programs a tile's keys go into parts, of which a causal query sees no key in some.
-    monkeypatch.setattr(launch, "_PROGRAMS", programs)
-    monkeypatch.setattr(launch, "_PART_STEPS", 1)
+    monkeypatch.setattr(tiles, "_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "_PART_STEPS", 1)
     check_reference(random_problem((150,), (140,), batch=1, heads=2, key_heads=1, is_causal=(is_causal,), additional=5))
 
 
@@ -108,8 +108,8 @@ def test_what_is_not_finite_reaches_only_those_who_see_it(poisoned: str, number:
 
 
 def test_parts_keep_what_is_not_finite(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_PROGRAMS", 128)
-    monkeypatch.setattr(launch, "_PART_STEPS", 1)
+    monkeypatch.setattr(tiles, "_PROGRAMS", 128)
+    monkeypatch.setattr(tiles, "_PART_STEPS", 1)
     problem = random_problem((150,), (40,), batch=1, heads=1, dtype=torch.float32)
     for position, number in ((3, torch.nan), (70, torch.inf), (149, -torch.inf)):
         problem.tensors[2][0, position, 0, 1] = number

@@ -12,12 +12,16 @@ from torch import Tensor
 from natten2.ops import reference
 from natten2.ops.schemas import LIBRARY
 
-__all__ = ["unusable_triton"]
+__all__ = ["RULE", "compute_capability", "unusable_triton"]
 
 _MAX_HEAD_DIM = 256
 _MIN_TRITON = (3, 6)
 _MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RULE = (
+    f"Triton {'.'.join(map(str, _MIN_TRITON))} or later, compute capability {'.'.join(map(str, _MIN_CAPABILITY))} or "
+    f"later, {' or '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}, head_dim up to {_MAX_HEAD_DIM}"
+)
 
 
 def unusable_triton(
@@ -60,7 +64,7 @@ def _register(name: str) -> None:
 
     def unusable(*args: object) -> str | None:
         query, _, value = (args if name == "na_forward" else args[2:])[:3]
-        return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], _capability(query.device))
+        return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
 
     def on_cuda(*args: object) -> tuple[Tensor, ...]:
         reason = unusable(*args)
@@ -78,7 +82,8 @@ def _register(name: str) -> None:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """That of an NVIDIA GPU, `None` of another maker's."""
     return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
 
 

@@ -14,7 +14,7 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward
 
-__all__ = ["accumulate_dtype", "check_backward", "check_forward", "check_window"]
+__all__ = ["DTYPES", "accumulate_dtype", "check_backward", "check_forward", "check_window"]
 
 _ACCUMULATE_DTYPES = {
     torch.float32: torch.float32,
@@ -22,6 +22,7 @@ _ACCUMULATE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
+DTYPES = tuple(_ACCUMULATE_DTYPES)
 # Expanded tensors can be larger than memory: sizes that kernels compute must not overflow.
 _MAX_ADDITIONAL = 2**32
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}

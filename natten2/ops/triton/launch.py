@@ -22,17 +22,13 @@ from natten2.ops.triton.backward import (
 )
 from natten2.ops.triton.forward import forward_kernel
 from natten2.ops.triton.geometry import Channels, Inputs, Operand, Plan
-from natten2.ops.triton.tiles import Tiling
+from natten2.ops.triton.tiles import Tiling, count_parts, count_step_parts, count_tiles
 from natten2.ops.triton.tuning import tuned
 
 __all__ = ["na_backward", "na_forward", "opaque"]
 
 # Triton computes with 32-bit integers by default; positions just outside an axis must still fit.
 _MAX_INT32 = 2**31 - 2**20
-# Sums with few owners are taken in parts, for about this many programs; a constant, so that results are the same bits.
-_PROGRAMS = 1024
-# A part of a tile's steps takes at least so many, for each costs a partial result.
-_PART_STEPS = 8
 _DELTA_ROWS = 64
 _SPLIT_WINDOW = 1024
 
@@ -218,7 +214,7 @@ def _grad_bias(call: _Call, rpb: Tensor, upstream: Upstream, scale: float) -> Te
     plan, heads = call.plan, rpb.shape[0]
     box = tuple(side + 2 * (window - 1) for side, window in zip(plan.tile, plan.kernel_size, strict=True))
     chunks = triton.cdiv(prod(box), plan.block_n)
-    parts = max(1, min(call.tiles, _PROGRAMS // (heads * chunks)))
+    parts = count_parts(heads * chunks, call.tiles)
     sums = rpb.new_empty((heads, parts, chunks, plan.block_m, plan.block_n), dtype=torch.float32)
     grad_bias_kernel[(chunks * heads * parts,)](
         call.inputs,
@@ -247,7 +243,7 @@ def _grad_additional(
     block = 64 if call.plan.block_n >= 64 else 32
     blocks = triton.cdiv(additional, block) * key_heads * batch
     steps = call.group * triton.cdiv(call.tokens, block)
-    parts = max(1, min(steps, _PROGRAMS // max(blocks, 1)))
+    parts = count_parts(max(blocks, 1), steps)
     sums = [x.new_zeros((parts, *x.shape), dtype=torch.float32) for x in (keys, values)]
     if blocks > 0:
         grad_additional_kernel[(blocks, parts)](
@@ -283,7 +279,7 @@ class _Call:
         layouts = [(x.shape, x.stride()) for x in tokens if x is not None]
         layouts += [(shape, _contiguous_strides(shape)) for shape in results]
         self.lengths, self.dilation = opaque(query.shape[1:-2]), opaque(dilation)
-        self.tiles = _count_tiles(query.shape[1:-2], dilation, self.tiling) * query.shape[0]
+        self.tiles = count_tiles(query.shape[1:-2], dilation, tiling.tile) * query.shape[0]
         self.tokens = prod(query.shape[1:-2])
         self.batch = query.shape[0]
         self.group = query.shape[-2] // key.shape[-2]
@@ -319,8 +315,7 @@ class _Call:
         return opaque((self.batch, heads, self.group, self.additional))
 
     def parts(self, heads: int) -> int:
-        """Into how many programs the steps of a tile go, so that all tiles together fill a GPU."""
-        return max(1, min(_PROGRAMS // (2 * self.tiles * heads), self.tiling.steps // _PART_STEPS))
+        return count_step_parts(self.tiles * heads, self.tiling)
 
 
 def _channels(count: int) -> Channels:
@@ -333,11 +328,6 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _bias(rpb: Tensor | None) -> Operand | None:
     return None if rpb is None else Operand(rpb, 0, opaque(rpb.stride()[1:]), *opaque(rpb.stride()[:1]))
-
-
-def _count_tiles(lengths: Sequence[int], dilation: Sequence[int], tiling: Tiling) -> int:
-    axes = zip(lengths, dilation, tiling.tile, strict=True)
-    return prod(gap * triton.cdiv(triton.cdiv(length, gap), tile) for length, gap, tile in axes)
 
 
 def _alignment(strides: Sequence[Sequence[int]]) -> int:

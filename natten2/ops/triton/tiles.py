@@ -11,12 +11,16 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
-__all__ = ["Tiling", "candidate_tilings", "choose_tiling", "span"]
+__all__ = ["Tiling", "candidate_tilings", "choose_tiling", "count_parts", "count_step_parts", "count_tiles", "span"]
 
 # A union of windows up to this size is one box, whose keys are numbered through without a gap.
 _MAX_FLAT = 1024
 # From this many keys on, a window's products take longer than its loads, and larger tiles reuse more.
 _LARGE_WINDOW = 1024
+# Sums with few owners are taken in parts, by at most so many programs: on every device, so that results are equal.
+_PROGRAMS = 1024
+# A part of a tile's steps takes at least so many, for each part costs a result in float32.
+_PART_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,29 @@ def candidate_tilings(
     return tuple(_fit(windows, volume, block, *rest) for volume, block, rest in options)
 
 
+def count_tiles(lengths: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> int:
+    """Tiles of the token grid; in the groups that are one shorter than the longest, some may be empty."""
+    axes = zip(lengths, dilation, tile, strict=True)
+    return prod(gap * _ceil(_ceil(length, gap), side) for length, gap, side in axes)
+
+
+def count_parts(programs: int, most: int) -> int:
+    """In how many parts, `most` of them at most, a sum is taken whose owners are so many programs."""
+    return max(1, min(most, _PROGRAMS // programs))
+
+
+def count_step_parts(programs: int, tiling: Tiling) -> int:
+    """In how many parts a tile's steps go, which keep their programs busy for longer than other sums do."""
+    return count_parts(2 * programs, tiling.steps // _PART_STEPS)
+
+
 def _fit(windows: Sequence[tuple[int, int, bool]], volume: int, block: int, warps: int, stages: int) -> Tiling:
     """The tile of a volume, and its boxes, that compute the fewest pairs."""
 
     def pairs(tile: tuple[int, ...]) -> tuple[int, int, Tiling]:
         spans = tuple(span(side, *window) for side, window in zip(tile, windows, strict=True))
         if prod(spans) <= _MAX_FLAT:
-            steps, box = -(-prod(spans) // block), spans
+            steps, box = _ceil(prod(spans), block), spans
         else:
             steps, box = min((_steps(spans, box), box) for box in _boxes(block, len(tile)))
         return steps * block, prod(spans), Tiling(tile, spans, box, block, steps, warps, stages)
@@ -107,8 +127,12 @@ def _fit(windows: Sequence[tuple[int, int, bool]], volume: int, block: int, warp
     return min(map(pairs, _boxes(volume, len(windows))), key=lambda candidate: candidate[:2])[2]
 
 
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
 def _steps(spans: Sequence[int], box: Sequence[int]) -> int:
-    return prod(-(-length // side) for length, side in zip(spans, box, strict=True))
+    return prod(_ceil(length, side) for length, side in zip(spans, box, strict=True))
 
 
 def _boxes(volume: int, rank: int) -> Iterator[tuple[int, ...]]:
