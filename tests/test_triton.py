@@ -196,6 +196,35 @@ def test_a_new_size_or_dilation_compiles_nothing():
     assert compiling("-c", PROGRAM).stdout.strip() == "1"
 
 
+EVERYTHING = """
+import sys
+
+import torch
+from benchmarks import triton_build
+from natten2.ops.triton import launch
+
+sys.path.insert(0, "tests")
+from problems import random_problem
+
+triton_build.use_target(triton_build.TARGETS["sm_90"])
+some = dict(heads=4, key_heads=2, head_dim=12, value_dim=20, bias=True, additional=3, dtype=torch.float16)
+for problem in (
+    random_problem((9, 10), (3, 4), stride=(2, 1), dilation=(1, 2), is_causal=(False, True), **some),
+    random_problem((60,), (50,), stride=(50,), **some),
+):
+    tensors = [x.to("meta") for x in problem.tensors]
+    output, logsumexp = launch.na_forward(*tensors, *problem.parameters)
+    upstream = [problem.grad_output.to("meta"), problem.grad_logsumexp.to("meta")]
+    grads = launch.na_backward(*upstream, *tensors, output, logsumexp, *problem.parameters)
+    assert [grad.shape for grad in grads] == [x.shape for x in tensors]
+"""
+
+
+def test_everything_compiles():
+    # The interpreter accepts types that change in a loop, and much else that the compiler doesn't.
+    compiling("-c", EVERYTHING)
+
+
 def check_builds(path: Path, target: str, *options: str) -> None:
     compiling("-m", "benchmarks", "triton", "--target", target, "--json", str(path), *options)
     builds = json.loads(path.read_text())["builds"]
