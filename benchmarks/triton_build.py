@@ -49,7 +49,8 @@ BUILD_CASES = (
     BuildCase("sequence", (32768,), (2048,), 1, 128),
     BuildCase("volume", (32, 32, 32), (3, 3, 3), 4, 64),
     BuildCase("nat-float32", (56, 56), (7, 7), 2, 32, bias=True, dtype=torch.float32),
-    BuildCase("widest", (56, 56), (7, 7), 2, 256, bias=True, dtype=torch.float32),
+    BuildCase("widest", (56, 56), (7, 7), 2, 256),
+    BuildCase("widest-float32", (56, 56), (7, 7), 2, 256, dtype=torch.float32),
 )
 
 
@@ -67,7 +68,7 @@ class Target:
 # Shared memory: the CUDA C++ Programming Guide, compute capabilities; the CDNA 3 ISA, local data share.
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 166_912, "HMMA"),
-    "sm_90": Target("cuda", 90, 32, 232_448, "HGMMA"),
+    "sm_90": Target("cuda", 90, 32, 232_448, "HG?MMA"),
     "sm_100": Target("cuda", 100, 32, 232_448, "UTC[HQ]MMA"),
     "sm_120": Target("cuda", 120, 32, 101_376, "HMMA"),
     "gfx942": Target("hip", "gfx942", 64, 65_536, "v_mfma_\\w+"),

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The interpreter takes about 10 ms for each program.
+    # The interpreter takes some milliseconds for each program.
     monkeypatch.setattr(tiles, "_PROGRAMS", 8)
 
 
@@ -59,8 +59,8 @@ def check_reference(problem: Problem, *, equal_nan: bool = False) -> None:
             assert error <= 1e-5 * max(1.0, torch.linalg.vector_norm(wanted).item())
 
 
-@settings(max_examples=6)
-@given(problems(max_tokens=24, min_batch=0))
+@settings(max_examples=12)
+@given(problems(max_tokens=60, min_batch=0))
 def test_kernels_are_the_reference(problem: Problem):
     check_reference(problem)
 
@@ -68,7 +68,7 @@ def test_kernels_are_the_reference(problem: Problem):
 @pytest.mark.parametrize(
     "problem",
     [
-        random_problem((40, 36), (33, 30), batch=1, heads=1),
+        random_problem((40, 36), (33, 30), batch=1, heads=1, bias=True),
         random_problem((300,), (150,), batch=1, stride=(8,), additional=70),
         random_problem((300,), (150,), batch=1, heads=1, is_causal=(True,), dilation=(2,)),
         pytest.param(
@@ -232,8 +232,8 @@ def check_builds(path: Path, target: str, *options: str) -> None:
     for build in builds:
         name = f"{build['case']} {build['kernel']}"
         assert build["shared_memory"] <= TARGETS[target].shared_memory, name
-        assert build["matrix_instructions"] > 0, name
-        if target == "sm_90" and build["case"] != "widest":
+        assert build["matrix_instructions"] > 0 or build["kernel"] == "delta_kernel", name
+        if target == "sm_90" and not build["case"].startswith("widest"):
             assert build["loop_spills"] == 0, name
 
 

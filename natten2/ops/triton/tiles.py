@@ -76,16 +76,17 @@ def choose_tiling(
         is_backward: Whether it is for the gradient's kernels, which hold more in registers.
     """
     is_large = prod(kernel_size) >= _LARGE_WINDOW and row_bytes <= 256 and not is_backward
-    volume = 128 if is_large else 64 if row_bytes <= 512 else 32
+    volume = 128 if is_large else 64 if row_bytes <= (256 if is_backward else 512) else 32 if row_bytes <= 512 else 16
     is_wide = row_bytes > (128 if is_backward else 256)
     warps = 8 if (volume == 128 and row_bytes > 128) or (volume == 64 and is_wide) else 4
     narrow = 32 if row_bytes <= 512 else 16
     windows = tuple(zip(kernel_size, stride, is_causal, strict=True))
-    tiling = _fit(windows, volume, narrow if is_wide else 64, warps, 2)
+    stages = 2 if row_bytes <= 512 else 1
+    tiling = _fit(windows, volume, narrow if is_wide else 64, warps, stages)
     if tiling.box == tiling.spans and (is_backward or row_bytes > 128 or prod(tiling.spans) <= 256):
-        tiling = _fit(windows, volume, narrow, warps, 2)
+        tiling = _fit(windows, volume, narrow, warps, stages)
     # For more programs per processor; without spills in loops, which the kernel for keys would have.
-    return replace(tiling, max_registers=128) if row_bytes <= 128 and tiling.block == 32 else tiling
+    return replace(tiling, max_registers=128) if row_bytes <= 64 and tiling.block == 32 else tiling
 
 
 def candidate_tilings(
