@@ -201,6 +201,32 @@ struct FreeScratch {
   void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
 };
 
+// Scratch memory of one thread. What is small is kept for the next call: the system takes longer to map fresh memory
+// than a small problem takes.
+class ThreadScratch {
+ public:
+  // Null where there is not enough memory.
+  void* get(size_t bytes) {
+    if (bytes <= size_) return memory_.get();
+    memory_.reset();
+    memory_.reset(::operator new(bytes, kScratchAlignment, std::nothrow));
+    size_ = memory_ ? bytes : 0;
+    return memory_.get();
+  }
+
+  void release() {
+    if (size_ <= kMostKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kMostKept = size_t{1} << 22;
+
+  std::unique_ptr<void, FreeScratch> memory_;
+  size_t size_ = 0;
+};
+
 template <class Arguments>
 void run(const Pass<Arguments>& pass, const Arguments& args) {
   // Threads pay off from about this much work on.
@@ -209,11 +235,12 @@ void run(const Pass<Arguments>& pass, const Arguments& args) {
   const size_t bytes = static_cast<size_t>(pass.scratch_bytes(args));
   std::atomic<bool> out_of_memory = false;
   torch::stable::parallel_for(0, pass.count(args), grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, FreeScratch> scratch(::operator new(bytes, kScratchAlignment, std::nothrow));
-    if (scratch)
-      pass.run(args, begin, end, scratch.get());
+    thread_local ThreadScratch scratch;
+    if (void* memory = scratch.get(bytes))
+      pass.run(args, begin, end, memory);
     else
       out_of_memory = true;
+    scratch.release();
   });
   if (out_of_memory) throw std::runtime_error("natten2: can't allocate " + std::to_string(bytes) + " bytes of memory");
 }
@@ -237,7 +264,7 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   Tensor logsumexp = allocate(query, rows, accumulate_type(query.scalar_type()));
   if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
-  run(kernels(dtype).forward,
+  run(kernels(dtype, problem).forward,
       make_forward(inputs, problem, rank, bias, output_view(output, rank), output_view(logsumexp, rank)));
   return {output, logsumexp};
 }
@@ -314,7 +341,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
       output_view(delta, rank),
       rpb ? static_cast<double*>(grad_rpb_parts.mutable_data_ptr()) : nullptr,
       parts};
-  const Kernels chosen = kernels(dtype);
+  const Kernels chosen = kernels(dtype, problem);
   run(chosen.grad_query, args);
   run(chosen.grad_key_value, args);
   run(chosen.grad_additional, args);
