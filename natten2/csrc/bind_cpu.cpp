@@ -269,15 +269,6 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   return {output, logsumexp};
 }
 
-// How many parts the bias's gradient is summed in: enough for many threads, few enough to fit in memory, and the same
-// for any number of threads, so that the sum is too.
-int64_t count_parts(const Problem& problem, int64_t offsets) {
-  constexpr int64_t kTasks = 256, kMostEntries = int64_t{1} << 22;
-  const int64_t wanted = (kTasks + problem.key_heads - 1) / problem.key_heads;
-  const int64_t fitting = kMostEntries / std::max<int64_t>(1, problem.heads * offsets);
-  return std::max<int64_t>(1, std::min(wanted, fitting));
-}
-
 Tensor sum_parts(const Tensor& parts, const Tensor& rpb) {
   const int64_t heads = parts.size(0), count = parts.size(1), offsets = parts.size(2);
   Tensor total = torch::stable::new_zeros(rpb, shape(rpb), ScalarType::Double);
@@ -325,8 +316,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   Tensor delta = allocate(query, rows, accumulate);
   int64_t offsets = 0;
   if (rpb) offsets = rpb->numel() / problem.heads;
-  const int64_t parts = count_parts(problem, offsets);
-  Tensor grad_rpb_parts = allocate(query, {problem.heads, parts, offsets}, ScalarType::Double);
+  const Kernels chosen = kernels(dtype, problem);
+  const int64_t parts = chosen.parts(problem);
+  Tensor grad_rpb_parts = torch::stable::new_zeros(query, {problem.heads, parts, offsets}, ScalarType::Double);
 
   const std::optional<Tensor> bias = bias_table(inputs);
   const Backward args = {
@@ -341,10 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
       output_view(delta, rank),
       rpb ? static_cast<double*>(grad_rpb_parts.mutable_data_ptr()) : nullptr,
       parts};
-  const Kernels chosen = kernels(dtype, problem);
-  run(chosen.grad_query, args);
-  run(chosen.grad_key_value, args);
-  run(chosen.grad_additional, args);
+  for (int i = 0; i < chosen.passes; ++i) run(chosen.backward[i], args);
   Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : like(rpb);
   return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
 }

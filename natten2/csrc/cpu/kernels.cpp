@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "path.h"
+#include "stencil_backward.h"
 #include "stencil_forward.h"
 
 namespace natten2::cpu {
@@ -14,16 +15,28 @@ constexpr Pass<Arguments> pass() {
 }
 
 template <class Storage>
-constexpr Kernels gather() {
-  return {pass<Forward, ForwardPass<Storage>>(), pass<Backward, GradQueryPass<Storage>>(),
-          pass<Backward, GradKeyValuePass<Storage>>(), pass<Backward, GradAdditionalPass<Storage>>()};
+Kernels gather() {
+  // The first writes delta, which the others read.
+  static constexpr Pass<Backward> kBackward[] = {pass<Backward, GradQueryPass<Storage>>(),
+                                                 pass<Backward, GradKeyValuePass<Storage>>(),
+                                                 pass<Backward, GradAdditionalPass<Storage>>()};
+  return {pass<Forward, ForwardPass<Storage>>(), kBackward, 3, GradQueryPass<Storage>::parts};
 }
 
 template <class Storage>
-Kernels instance(const Problem& problem) {
-  Kernels kernels = gather<Storage>();
-  if (path(problem) == Path::kStencil) kernels.forward = pass<Forward, StencilForwardPass<Storage>>();
-  return kernels;
+Kernels stencil() {
+  static constexpr Pass<Backward> kBackward[] = {pass<Backward, StencilBackwardPass<Storage>>()};
+  return {pass<Forward, StencilForwardPass<Storage>>(), kBackward, 1, StencilBackwardPass<Storage>::parts};
+}
+
+template <class Storage>
+Kernels choose(const Problem& problem) {
+  switch (path(problem)) {
+    case Path::kStencil:
+      return stencil<Storage>();
+    default:
+      return gather<Storage>();
+  }
 }
 
 }  // namespace
@@ -33,11 +46,11 @@ Kernels kernels(Dtype dtype, const Problem& problem) {
     case Dtype::kDouble:
       return gather<double>();
     case Dtype::kBFloat16:
-      return instance<BFloat16>(problem);
+      return choose<BFloat16>(problem);
     case Dtype::kHalf:
-      return instance<Half>(problem);
+      return choose<Half>(problem);
     default:
-      return instance<float>(problem);
+      return choose<float>(problem);
   }
 }
 

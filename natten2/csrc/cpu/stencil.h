@@ -168,6 +168,26 @@ class SheetWalk {
     }
   }
 
+  // Ask for a block's share of the rows that the next tile loads.
+  template <class Storage>
+  void prefetch_queries(const View& view, const int64_t* token_offsets, int64_t channels, const RowTile& tile,
+                        const Block& block) const {
+    const int64_t rows = larger(1, kRows / sizes.heads_per_key), first = tile.p1[0] + rows;
+    for (int64_t p1 = first; p1 < smaller(height(), first + rows); ++p1)
+      prefetch_tokens(static_cast<const Storage*>(view.data) + row_offset(view, tile.p0, p1),
+                      token_offsets + block.first, block.count, channels);
+  }
+  template <class Storage>
+  void prefetch_keys(const View& view, const int64_t* token_offsets, int64_t channels, const RowTile& tile,
+                     const Block& block) const {
+    const int64_t rows = larger(1, kRows / sizes.heads_per_key), first = tile.all_keys1.end;
+    const int64_t count = smaller(block.count, columns.keys() - block.first);
+    for (int64_t p0 = tile.keys0.begin; p0 < tile.keys0.end; ++p0)
+      for (int64_t p1 = first; p1 < smaller(height(), first + rows); ++p1)
+        prefetch_tokens(static_cast<const Storage*>(view.data) + row_offset(view, p0, p1), token_offsets + block.first,
+                        count, channels);
+  }
+
   // Idle lanes read behind the last column: numbers that are quick to compute with, at least.
   void clear_padding(float* keys, int64_t channels) const {
     const int64_t begin = columns.keys() / kLanes * kLanes;

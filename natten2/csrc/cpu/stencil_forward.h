@@ -62,7 +62,9 @@ class StencilForward {
 
   void run_block(const RowTile& tile, int64_t b) {
     const Block& block = walk_.columns.block_at(b);
-    prefetch_next(tile, block);
+    walk_.prefetch_queries<Storage>(args_.query, query_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_keys<Storage>(args_.key, key_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_keys<Storage>(args_.value, value_offsets_, problem_.value_dim, tile, block);
     for (int r = 0; r < tile.count; ++r)
       load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
                       problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
@@ -75,26 +77,6 @@ class StencilForward {
       for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
     }
     sum_values(tile, block);
-  }
-
-  // A block's share of what the next tile loads.
-  void prefetch_next(const RowTile& tile, const Block& block) const {
-    const int64_t height = walk_.height(), rows = larger(1, kRows / sizes_.heads_per_key);
-    const int64_t end = smaller(block.first + block.count, walk_.columns.keys());
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t query_row = tile.p1[0] + rows + r, key_row = tile.all_keys1.end + r;
-      if (query_row < height)
-        prefetch_tokens(
-            static_cast<const Storage*>(args_.query.data) + walk_.row_offset(args_.query, tile.p0, query_row),
-            query_offsets_ + block.first, block.count, problem_.head_dim);
-      if (key_row >= height) continue;
-      for (int64_t p0 = tile.keys0.begin; p0 < tile.keys0.end; ++p0) {
-        prefetch_tokens(static_cast<const Storage*>(args_.key.data) + walk_.row_offset(args_.key, p0, key_row),
-                        key_offsets_ + block.first, end - block.first, problem_.head_dim);
-        prefetch_tokens(static_cast<const Storage*>(args_.value.data) + walk_.row_offset(args_.value, p0, key_row),
-                        value_offsets_ + block.first, end - block.first, problem_.value_dim);
-      }
-    }
   }
 
   // Turns the scores of a query row into weights, and returns their log-sum-exp.
