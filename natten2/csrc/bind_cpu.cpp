@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -194,8 +198,9 @@ Forward make_forward(const Inputs& inputs, const Problem& problem, int rank, con
           logsumexp};
 }
 
-// A cache line, which is the widest vector too.
-constexpr std::align_val_t kScratchAlignment{64};
+// A large page: the kernels read many rows side by side, each from a small page of its own otherwise.
+constexpr size_t kLargePage = size_t{1} << 21;
+constexpr std::align_val_t kScratchAlignment{kLargePage};
 
 struct FreeScratch {
   void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
@@ -208,9 +213,15 @@ class ThreadScratch {
   // Null where there is not enough memory.
   void* get(size_t bytes) {
     if (bytes <= size_) return memory_.get();
+    // The page that it ends in is all its own.
+    if (bytes > kSmall) bytes = (bytes + kLargePage - 1) / kLargePage * kLargePage;
     memory_.reset();
     memory_.reset(::operator new(bytes, kScratchAlignment, std::nothrow));
     size_ = memory_ ? bytes : 0;
+#ifdef __linux__
+    // Only a wish: whether it is granted changes nothing but the time.
+    if (memory_ && bytes > kSmall) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
     return memory_.get();
   }
 
@@ -221,7 +232,7 @@ class ThreadScratch {
   }
 
  private:
-  static constexpr size_t kMostKept = size_t{1} << 22;
+  static constexpr size_t kSmall = size_t{1} << 17, kMostKept = size_t{1} << 22;
 
   std::unique_ptr<void, FreeScratch> memory_;
   size_t size_ = 0;

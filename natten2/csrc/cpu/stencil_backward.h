@@ -203,18 +203,22 @@ class StencilBackward {
     const float* logsumexps = row_of<const float>(args_.forward.logsumexp, tile, r);
     const float* grad_logsumexps =
         args_.grad_logsumexp.data ? row_of<const float>(args_.grad_logsumexp, tile, r) : nullptr;
-    logsumexp_[r] = delta_[r] = Lanes{};
+    logsumexp_[r] = Lanes{};
+    Lanes products[kLanes] = {}, grads = {};
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t column = block.first + i;
       Lanes product = {};
       for (int64_t channel = 0; channel < problem_.value_dim; channel += kLanes)
         product += widen_some(outputs + output_offsets_[column] + channel, problem_.value_dim - channel) *
                    load_lanes(grad_outputs + i * value_channels_ + channel);
-      float delta = 0;
-      for (int j = 0; j < kLanes; ++j) delta += product[j];
-      delta_[r][i] = grad_logsumexps ? delta - grad_logsumexps[grad_logsumexp_offsets_[column]] : delta;
+      products[i] = product;
+      if (grad_logsumexps) grads[i] = grad_logsumexps[grad_logsumexp_offsets_[column]];
       logsumexp_[r][i] = logsumexps[logsumexp_offsets_[column]];
     }
+    transpose(products);
+    delta_[r] = -grads;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) delta_[r] += products[i];
   }
 
   void prefetch(const RowTile& tile, const Block& block) const {
