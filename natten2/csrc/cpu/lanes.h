@@ -175,20 +175,57 @@ inline Lanes logarithm(Lanes x) {
   return rest + (polynomial * rest * square + (count * kLn2Low - 0.5f * square)) + count * kLn2High;
 }
 
-template <int kStep, int... kIndex>
-inline void exchange(Lanes& first, Lanes& second, std::integer_sequence<int, kIndex...>) {
-  const Lanes low = __builtin_shufflevector(first, second, (kIndex & kStep ? kLanes + kIndex - kStep : kIndex)...);
-  second = __builtin_shufflevector(first, second, (kIndex & kStep ? kLanes + kIndex : kIndex + kStep)...);
-  first = low;
+// Interleaves runs of kRun lanes from the first or second half of each quarter vector, as one instruction does.
+template <int kRun, int kHalf, int... kIndex>
+inline Lanes interleave(Lanes x, Lanes y, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(
+      x, y,
+      ((kIndex & ~3) + 2 * kHalf +
+       (kRun == 1 ? (kIndex & 3) / 2 + kLanes * (kIndex & 1) : (kIndex & 1) + kLanes * ((kIndex & 3) / 2)))...);
 }
 
-// Swaps blocks of kStep off the diagonal, for kStep from 1 to half the side.
-template <int kStep = 1>
+// Every second quarter of two vectors, from the first one or from the next.
+template <int kFirst, int... kIndex>
+inline Lanes quarters(Lanes x, Lanes y, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(x, y, (kIndex / 4 * 8 + 4 * kFirst + kIndex % 4)...);
+}
+
 inline void transpose(Lanes (&rows)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
-  if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(rows);
+  constexpr auto kIndex = std::make_integer_sequence<int, kLanes>();
+  // Squares of 4 rows and 4 lanes first.
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const Lanes low0 = interleave<1, 0>(rows[i], rows[i + 1], kIndex);
+    const Lanes high0 = interleave<1, 1>(rows[i], rows[i + 1], kIndex);
+    const Lanes low1 = interleave<1, 0>(rows[i + 2], rows[i + 3], kIndex);
+    const Lanes high1 = interleave<1, 1>(rows[i + 2], rows[i + 3], kIndex);
+    rows[i] = interleave<2, 0>(low0, low1, kIndex);
+    rows[i + 1] = interleave<2, 1>(low0, low1, kIndex);
+    rows[i + 2] = interleave<2, 0>(high0, high1, kIndex);
+    rows[i + 3] = interleave<2, 1>(high0, high1, kIndex);
+  }
+  // Then the squares change places.
+  if constexpr (kLanes == 8) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Lanes first = quarters<0>(rows[i], rows[4 + i], kIndex);
+      rows[4 + i] = quarters<1>(rows[i], rows[4 + i], kIndex);
+      rows[i] = first;
+    }
+  }
+  if constexpr (kLanes == 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Lanes even0 = quarters<0>(rows[i], rows[4 + i], kIndex);
+      const Lanes odd0 = quarters<1>(rows[i], rows[4 + i], kIndex);
+      const Lanes even1 = quarters<0>(rows[8 + i], rows[12 + i], kIndex);
+      const Lanes odd1 = quarters<1>(rows[8 + i], rows[12 + i], kIndex);
+      rows[i] = quarters<0>(even0, even1, kIndex);
+      rows[8 + i] = quarters<1>(even0, even1, kIndex);
+      rows[4 + i] = quarters<0>(odd0, odd1, kIndex);
+      rows[12 + i] = quarters<1>(odd0, odd1, kIndex);
+    }
+  }
 }
 
 // A vector of channels of which only `count` exist; the others are zero.

@@ -10,10 +10,9 @@ enum class Path { kStencil, kGather };
 
 // For every storage type but float64, which is always gathered.
 inline Path path(const Problem& problem) {
-  constexpr int64_t kFewestKeys = 4, kMostKeys = 512, kMostKeysInRow = 32, kMostChannels = 256;
+  constexpr int64_t kFewestKeys = 4, kMostKeys = 512, kMostChannels = 256;
   const int64_t keys = most_found<Seek::kKeys>(problem);
   if (problem.additional > 0 || keys < kFewestKeys || keys > kMostKeys) return Path::kGather;
-  if (problem.axes[2].kernel_size > kMostKeysInRow) return Path::kGather;
   if (larger(problem.head_dim, problem.value_dim) > kMostChannels) return Path::kGather;
   // Of short rows, too few may stand side by side to be worth whole vectors.
   const int64_t columns = problem.key_heads * problem.axes[2].length;

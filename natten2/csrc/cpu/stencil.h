@@ -12,24 +12,23 @@ template <class Storage>
 inline void load_by_channel(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels, float* out,
                             int64_t pitch) {
   for (int64_t first = 0; first < count; first += kLanes, out += kLanes) {
-    for (int64_t channel = 0; channel < channels; channel += kLanes) {
-      const int64_t left = channels - channel;
+    const Storage* tokens[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) tokens[i] = base + offsets[smaller(first + i, count - 1)];
+    int64_t channel = 0;
+    for (; channel + kLanes <= channels; channel += kLanes) {
       Lanes rows[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        rows[i] = widen_some(base + offsets[smaller(first + i, count - 1)] + channel, left);
+      for (int i = 0; i < kLanes; ++i) rows[i] = widen_lanes(tokens[i] + channel);
       transpose(rows);
-      float* to = out + channel * pitch;
-      if (left >= kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store_lanes(rows[i], to + i * pitch);
-      } else {
-        float square[kLanes * kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store_lanes(rows[i], square + i * kLanes);
-        for (int64_t i = 0; i < left; ++i) copy(square + i * kLanes, to + i * pitch, kLanes);
-      }
+      for (int i = 0; i < kLanes; ++i) store_lanes(rows[i], out + (channel + i) * pitch);
     }
+    if (channel == channels) continue;
+    Lanes rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = widen_some(tokens[i] + channel, channels - channel);
+    transpose(rows);
+    for (int64_t i = 0; i < channels - channel; ++i) store_lanes(rows[i], out + (channel + i) * pitch);
   }
 }
 
@@ -48,6 +47,28 @@ inline void prefetch_tokens(const Storage* base, const int64_t* offsets, int64_t
   for (int64_t t = 0; t < count; ++t)
     for (int64_t channel = 0; channel < channels; channel += kLine)
       __builtin_prefetch(base + offsets[t] + channel, 0, 2);
+}
+
+// Columns that are summed together, since both have as many tokens; the second is -1 where none is left.
+struct ColumnPair {
+  int32_t columns[2];
+};
+
+// Pairs up the columns [0, count), of which `tokens(column)` have that many tokens, at most `most`; those that have
+// none are left out. Returns the number of pairs.
+template <class TokenCount>
+inline int64_t pair_columns(int64_t count, int64_t most, int32_t* waiting, TokenCount&& tokens, ColumnPair* pairs) {
+  int64_t found = 0;
+  for (int64_t n = 1; n <= most; ++n) waiting[n] = -1;
+  for (int32_t column = 0; column < count; ++column) {
+    const int64_t n = tokens(column);
+    if (n <= 0) continue;
+    if (waiting[n] >= 0) pairs[found++] = {{waiting[n], column}};
+    waiting[n] = waiting[n] >= 0 ? -1 : column;
+  }
+  for (int64_t n = 1; n <= most; ++n)
+    if (waiting[n] >= 0) pairs[found++] = {{waiting[n], -1}};
+  return found;
 }
 
 // A problem's sizes that the inner loops want.
@@ -84,6 +105,7 @@ class SheetWalk {
         columns(args.problem, cut, arena),
         slots(cut.row_slots[0], cut.row_slots[1], arena),
         key_rows(arena.take<KeyRow>(sizes.sources)),
+        waiting_(arena.take<int32_t>(args.problem.axes[2].kernel_size + 1)),
         bias_(args.rpb ? arena.take<float>(sizes.heads_per_key * most_blocks(cut) * sizes.block_bias) : nullptr) {}
 
   // Returns whether the columns have changed.
@@ -195,6 +217,13 @@ class SheetWalk {
       fill_zero(keys + row * sizes.pitch + begin, sizes.pitch - begin);
   }
 
+  // Pairs up the query columns of a block that see as many keys; returns the number of pairs.
+  int64_t pair_queries(const Block& block, ColumnPair* pairs) {
+    const int32_t* tokens = columns.sizes() + block.first;
+    return pair_columns(
+        block.count, problem.axes[2].kernel_size, waiting_, [&](int64_t column) { return tokens[column]; }, pairs);
+  }
+
   // Visits the scores of a query row in pieces without gaps: `act(first, vectors)`.
   template <class Act>
   void for_each_piece(const RowTile& tile, int r, Act&& act) const {
@@ -253,28 +282,29 @@ class SheetWalk {
     }
   }
 
+  int32_t* waiting_;
   float* bias_;
 };
 
-// Visits columns [0, count) and vectors of channels so that enough sums run side by side, but not more than fit in
-// registers: `act(columns, width, column, vector)`, the first two as types. Columns are paired where `alike` says so of
-// one and the next.
-template <class Alike, class Act>
-inline void for_each_sum(int64_t count, int64_t vectors, Alike&& alike, Act&& act) {
+// Visits pairs of columns and vectors of channels so that enough sums run side by side, but not more than fit in
+// registers: `act(columns, width, column, vector)`, the first two as types, the third as an array.
+template <class Act>
+inline void for_each_sum(const ColumnPair* pairs, int64_t count, int64_t vectors, Act&& act) {
+  constexpr std::integral_constant<int, 1> kOne;
   const auto run = [&](auto most, auto width, int64_t vector) {
-    for (int64_t column = 0; column < count;) {
-      if (most() == 2 && column + 1 < count && alike(column)) {
-        act(most, width, column, vector);
-        column += 2;
+    for (const ColumnPair* pair = pairs; pair < pairs + count; ++pair) {
+      if (pair->columns[1] < 0) {
+        act(kOne, width, pair->columns, vector);
+      } else if constexpr (most() == 2) {
+        act(most, width, pair->columns, vector);
       } else {
-        act(std::integral_constant<int, 1>(), width, column, vector);
-        ++column;
+        act(kOne, width, pair->columns, vector);
+        act(kOne, width, pair->columns + 1, vector);
       }
     }
   };
   int64_t vector = 0;
-  for (; vector + kVectors <= vectors; vector += kVectors)
-    run(std::integral_constant<int, 1>(), std::integral_constant<int, kVectors>(), vector);
+  for (; vector + kVectors <= vectors; vector += kVectors) run(kOne, std::integral_constant<int, kVectors>(), vector);
   if constexpr (kVectors == 4)
     for (; vector + 2 <= vectors; vector += 2)
       run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>(), vector);

@@ -32,6 +32,7 @@ class StencilBackward {
         owned_keys_(arena.take<int32_t>(cut.most_keys)),
         seen_begin_(arena.take<int32_t>(cut.most_keys)),
         seen_end_(arena.take<int32_t>(cut.most_keys)),
+        key_pairs_(arena.take<ColumnPair>(cut.most_keys)),
         sources_(arena.take<Source>(sizes_.sources)),
         owned_rows_(arena.take<OwnedRow>(sizes_.sources)),
         keys_by_channel_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
@@ -46,13 +47,13 @@ class StencilBackward {
         weights_(arena.take<float>(kRows * sizes_.window_scores)),
         grad_scores_(arena.take<float>(kRows * sizes_.window_scores)),
         grad_queries_(arena.take<float>(2 * kRows * key_channels_)),
-        unowned_(arena.take<float>(2 * larger(key_channels_, value_channels_))),
+        unowned_(arena.take<float>(cut.most_keys * larger(key_channels_, value_channels_))),
         grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
         grad_bias_(arena.take<float>(grad_bias_size_)) {}
 
   void start() {
     fill_zero(grad_bias_, grad_bias_size_);
-    fill_zero(unowned_, 2 * larger(key_channels_, value_channels_));
+    fill_zero(unowned_, cut_.most_keys * larger(key_channels_, value_channels_));
   }
 
   void run(const Sheet& sheet) {
@@ -254,31 +255,35 @@ class StencilBackward {
     SumRows sums = {{}, key_channels_};
     for (int r = 0; r < kRows; ++r) sums.rows[r] = grad_queries_ + 2 * r * key_channels_;
     const float scale = static_cast<float>(problem_.scale);
-    for_each_sum(
-        block.count, sizes_.key_vectors, [&](int64_t column) { return sizes[column] == sizes[column + 1]; },
-        [&](auto columns, auto width, int64_t column, int64_t vector) {
-          Tokens<columns()> tokens = {{}, sizes[column], key_channels_};
-          for (int c = 0; c < columns(); ++c) tokens.first[c] = starts[column + c];
-          const float* weights = grad_scores_ + column;
-          sum_sources<false, columns(), width()>(
-              sources_, walk_.key_row_count, vector * kLanes, tokens,
-              [weights](int c, int64_t t) { return weights + t * kLanes + c; }, sums);
-          for (int c = 0; c < columns(); ++c) {
-            if (!owned[column + c]) continue;
-            for (int r = 0; r < tile.count; ++r) {
-              if (!rows[r]) continue;
-              for (int i = 0; i < width(); ++i) {
-                const int64_t channel = (vector + i) * kLanes;
-                narrow_some(scale * load_lanes(sums.rows[r] + c * sums.column + channel),
-                            rows[r] + grad_query_offsets_[block.first + column + c] + channel,
-                            problem_.head_dim - channel);
-              }
-            }
-          }
-        });
+    ColumnPair pairs[kLanes];
+    const int64_t count = walk_.pair_queries(block, pairs);
+    for_each_sum(pairs, count, sizes_.key_vectors,
+                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+                   Tokens<columns()> tokens = {{}, sizes[column[0]], key_channels_};
+                   const float* weights[columns()];
+                   for (int c = 0; c < columns(); ++c) {
+                     tokens.first[c] = starts[column[c]];
+                     weights[c] = grad_scores_ + column[c];
+                   }
+                   sum_sources<false, columns(), width()>(
+                       sources_, walk_.key_row_count, vector * kLanes, tokens,
+                       [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
+                   for (int c = 0; c < columns(); ++c) {
+                     if (!owned[column[c]]) continue;
+                     for (int r = 0; r < tile.count; ++r) {
+                       if (!rows[r]) continue;
+                       for (int i = 0; i < width(); ++i) {
+                         const int64_t channel = (vector + i) * kLanes;
+                         narrow_some(scale * load_lanes(sums.rows[r] + c * sums.column + channel),
+                                     rows[r] + grad_query_offsets_[block.first + column[c]] + channel,
+                                     problem_.head_dim - channel);
+                       }
+                     }
+                   }
+                 });
   }
 
-  // Finds the lanes of a block that see each key column.
+  // Finds the lanes of a block that see each key column, and pairs up the columns that the sheet owns.
   void find_seen(const Block& block) {
     const int32_t* sizes = walk_.columns.sizes() + block.first;
     const int32_t* starts = walk_.columns.starts() + block.first;
@@ -295,6 +300,12 @@ class StencilBackward {
         seen_end_[key] = i + 1;
       }
     }
+    int32_t waiting[kLanes + 1];
+    const auto tokens = [&](int64_t key) {
+      const int64_t column = seen_keys_.begin + key;
+      return owned_keys_[column] ? seen_end_[column] - seen_begin_[column] : 0;
+    };
+    key_pair_count_ = pair_columns(seen_keys_.size(), kLanes, waiting, tokens, key_pairs_);
   }
 
   // Adds what a block's queries give to the gradients of up to kRows key rows that follow each other.
@@ -325,28 +336,26 @@ class StencilBackward {
   // Adds weighted tokens of a block to the sums of the key columns that they see.
   void sum_into(const Source* sources, int64_t count, int64_t vectors, const float* weights,
                 const SumRows& rows) const {
-    const int64_t channels = vectors * kLanes, begin = seen_keys_.begin;
-    const int32_t *seen_begin = seen_begin_ + begin, *seen_end = seen_end_ + begin, *owned = owned_keys_ + begin;
-    const auto wanted = [&](int64_t key) { return owned[key] ? seen_end[key] - seen_begin[key] : 0; };
-    for_each_sum(
-        seen_keys_.size(), vectors, [&](int64_t key) { return wanted(key) > 0 && wanted(key) == wanted(key + 1); },
-        [&](auto columns, auto width, int64_t key, int64_t vector) {
-          if (wanted(key) <= 0) return;
-          Tokens<columns()> tokens = {{}, wanted(key), channels};
-          const float* first_weights[columns()];
-          const int32_t* offsets[columns()];
-          for (int c = 0; c < columns(); ++c) {
-            tokens.first[c] = seen_begin[key + c];
-            first_weights[c] = weights + (begin + key + c) * kLanes;
-            offsets[c] = weight_offsets_ + seen_begin[key + c];
-          }
-          SumRows sums = {{}, channels};
-          for (int r = 0; r < kRows; ++r)
-            sums.rows[r] = rows.rows[r] ? rows.rows[r] + (begin + key) * channels : unowned_;
-          sum_sources<true, columns(), width()>(
-              sources, count, vector * kLanes, tokens,
-              [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
-        });
+    const int64_t channels = vectors * kLanes;
+    for_each_sum(key_pairs_, key_pair_count_, vectors,
+                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+                   const int64_t first = seen_keys_.begin + column[0];
+                   Tokens<columns()> tokens = {{}, seen_end_[first] - seen_begin_[first], channels};
+                   const float* first_weights[columns()];
+                   const int32_t* offsets[columns()];
+                   for (int c = 0; c < columns(); ++c) {
+                     const int64_t key = seen_keys_.begin + column[c];
+                     tokens.first[c] = seen_begin_[key];
+                     first_weights[c] = weights + key * kLanes;
+                     offsets[c] = weight_offsets_ + seen_begin_[key];
+                   }
+                   SumRows sums = {{}, (column[columns() - 1] - column[0]) * channels};
+                   for (int r = 0; r < kRows; ++r)
+                     sums.rows[r] = rows.rows[r] ? rows.rows[r] + first * channels : unowned_;
+                   sum_sources<true, columns(), width()>(
+                       sources, count, vector * kLanes, tokens,
+                       [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
+                 });
   }
 
   // Writes the gradients of a key row that no query sees any more.
@@ -399,6 +408,8 @@ class StencilBackward {
   int64_t *query_offsets_, *output_offsets_, *grad_output_offsets_, *logsumexp_offsets_, *grad_logsumexp_offsets_;
   int64_t *grad_query_offsets_, *key_offsets_, *value_offsets_, *grad_key_offsets_, *grad_value_offsets_;
   int32_t *owned_keys_, *seen_begin_, *seen_end_;
+  ColumnPair* key_pairs_;
+  int64_t key_pair_count_ = 0;
   Source* sources_;
   OwnedRow* owned_rows_;
   float *keys_by_channel_, *values_by_channel_, *keys_;

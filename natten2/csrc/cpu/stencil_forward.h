@@ -121,22 +121,25 @@ class StencilForward {
     const int64_t channels = sizes_.value_vectors * kLanes;
     SumRows sums = {{}, channels};
     for (int r = 0; r < kRows; ++r) sums.rows[r] = outputs_ + 2 * r * channels;
+    ColumnPair pairs[kLanes];
+    const int64_t count = walk_.pair_queries(block, pairs);
     for_each_sum(
-        block.count, sizes_.value_vectors, [&](int64_t column) { return sizes[column] == sizes[column + 1]; },
-        [&](auto columns, auto width, int64_t column, int64_t vector) {
-          Tokens<columns()> tokens = {{}, sizes[column], channels};
-          for (int c = 0; c < columns(); ++c) tokens.first[c] = starts[column + c];
-          const float* weights = scores_ + column;
+        pairs, count, sizes_.value_vectors, [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+          Tokens<columns()> tokens = {{}, sizes[column[0]], channels};
+          const float* weights[columns()];
+          for (int c = 0; c < columns(); ++c) {
+            tokens.first[c] = starts[column[c]];
+            weights[c] = scores_ + column[c];
+          }
           sum_sources<false, columns(), width()>(
               sources_, walk_.key_row_count, vector * kLanes, tokens,
-              [weights](int c, int64_t t) { return weights + t * kLanes + c; }, sums);
+              [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
           for (int c = 0; c < columns(); ++c)
             for (int r = 0; r < tile.count; ++r)
               for (int i = 0; i < width(); ++i) {
                 const int64_t channel = (vector + i) * kLanes;
                 narrow_some(load_lanes(sums.rows[r] + c * sums.column + channel),
-                            rows[r] + output_offsets_[block.first + column + c] + channel,
-                            problem_.value_dim - channel);
+                            rows[r] + output_offsets_[block.first + column[c]] + channel, problem_.value_dim - channel);
               }
         });
   }

@@ -54,8 +54,11 @@ struct Cut {
 inline Cut cut(const Problem& problem, Visit visit, int64_t tasks) {
   const Axis &axis0 = problem.axes[0], &axis1 = problem.axes[1], &axis2 = problem.axes[2];
   const int64_t length = group_length(axis2, 0), height = group_length(axis1, 0), depth = group_length(axis0, 0);
-  // Rows of keys and values of as many columns fit in the second cache.
-  const int64_t columns = larger(kLanes, smaller(128, 4096 / larger(problem.head_dim, problem.value_dim)));
+  const int64_t planes = smaller(depth, axis0.kernel_size);
+  const int64_t rows = smaller(height, axis1.kernel_size + kRows + axis1.stride);
+  // The keys and values that a tile of query rows needs, of as many columns, fit in the second cache.
+  const int64_t fitting = 49152 / (larger(problem.head_dim, problem.value_dim) * planes * rows);
+  const int64_t columns = larger(kLanes, smaller(1024, fitting));
   Cut result = {};
   result.visit = visit;
   result.positions = length;
@@ -85,8 +88,8 @@ inline Cut cut(const Problem& problem, Visit visit, int64_t tasks) {
   const int64_t queries = smaller(length, result.positions + reach);
   result.most_queries = result.lines_together * queries;
   result.most_keys = result.lines_together * smaller(length, queries + 2 * (axis2.kernel_size + axis2.stride));
-  result.row_slots[0] = smaller(depth, axis0.kernel_size);
-  result.row_slots[1] = smaller(height, axis1.kernel_size + kRows + axis1.stride);
+  result.row_slots[0] = planes;
+  result.row_slots[1] = rows;
   return result;
 }
 
