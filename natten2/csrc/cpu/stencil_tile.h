@@ -20,7 +20,7 @@ constexpr int kVectors = 2;
 // Keys of a row that up to kRows query rows are scored with together.
 constexpr int most_keys(int query_rows) {
 #if defined(__AVX512F__)
-  constexpr int kMost[kRows] = {8, 8, 7, 5};
+  constexpr int kMost[kRows] = {8, 8, 7, 7};
 #else
   constexpr int kMost[kRows] = {7, 4, 3, 2};
 #endif
@@ -204,9 +204,6 @@ template <bool kAdd, int kColumns, int kWidth, class Weight>
   for (const Source* source = sources; source < sources + source_count; ++source) {
     const float* rows[kColumns];
     for (int c = 0; c < kColumns; ++c) rows[c] = source->tokens + first[c];
-    // The tokens that the next columns begin to see.
-    for (int c = 0; c < kColumns; ++c)
-      for (int i = 0; i < kWidth; ++i) __builtin_prefetch(rows[c] + (count + kColumns - 1) * pitch + i * kLanes);
     switch (source->begin * 8 + source->end) {
       case 1:
         add_source<0, 1, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
