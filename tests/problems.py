@@ -151,6 +151,36 @@ def problems(draw: st.DrawFn, max_tokens: int = 200, min_batch: int = 1) -> Prob
     return with_layout(problem, draw(st.sampled_from(LAYOUTS)))
 
 
+@st.composite
+def small_windows(draw: st.DrawFn) -> Problem:
+    """A float64 problem of the kind that kernels for small windows are made for: rows of all lengths, few keys."""
+    rank = draw(st.integers(1, 3))
+    longest = {1: (150,), 2: (18, 70), 3: (6, 10, 20)}[rank]
+    widest = {1: (31,), 2: (7, 9), 3: (3, 5, 6)}[rank]
+    spatial, kernel_size, stride, dilation = [], [], [], []
+    for axis in range(rank):
+        spatial.append(draw(st.integers(1, longest[axis])))
+        kernel_size.append(draw(st.integers(1, min(spatial[-1], widest[axis]))))
+        dilation.append(draw(st.integers(1, spatial[-1] // kernel_size[-1])))
+        stride.append(draw(st.integers(1, kernel_size[-1])))
+    key_heads = draw(st.integers(1, 4))
+    problem = random_problem(
+        tuple(spatial),
+        tuple(kernel_size),
+        stride=draw(st.sampled_from([(1,) * rank, tuple(stride)])),
+        dilation=draw(st.sampled_from([(1,) * rank, tuple(dilation)])),
+        is_causal=tuple(draw(st.lists(st.booleans(), min_size=rank, max_size=rank))),
+        batch=draw(st.integers(1, 2)),
+        heads=key_heads * draw(st.integers(1, 3)),
+        key_heads=key_heads,
+        head_dim=draw(st.sampled_from([1, 7, 16, 24, 32, 48, 64])),
+        value_dim=draw(st.sampled_from([1, 5, 16, 20, 32, 64])),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+    return with_layout(problem, draw(st.sampled_from(LAYOUTS)))
+
+
 @dataclass(frozen=True)
 class Golden:
     """A problem with its float64 results."""

@@ -7,7 +7,17 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import DTYPES, INPUTS, Golden, Problem, golden_cases, problems, random_problem, relative_error
+from problems import (
+    DTYPES,
+    INPUTS,
+    Golden,
+    Problem,
+    golden_cases,
+    problems,
+    random_problem,
+    relative_error,
+    small_windows,
+)
 from torch import Tensor
 
 from natten2.ops import reference
@@ -104,6 +114,64 @@ def check_against_oracle(problem: Problem, kernels: tuple[Callable, Callable]) -
 @given(problems(max_tokens=500, min_batch=0))
 def test_kernels_are_the_reference(capability: str, problem: Problem):
     compare(*run(problem), *run(problem, REFERENCE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=60)
+@given(small_windows())
+def test_small_windows_are_the_reference(capability: str, dtype: torch.dtype, problem: Problem):
+    check_small_window(problem, dtype)
+
+
+def check_small_window(problem: Problem, dtype: torch.dtype) -> None:
+    problem = problem.to(dtype)
+    results, grads = run(problem)
+    expected, expected_grads = run(problem.to(torch.float64), REFERENCE)
+    forward, backward = {
+        torch.float32: (1e-6, 3e-6),
+        torch.bfloat16: (5e-3, 2e-2),
+        torch.float16: (8e-4, 4e-3),
+    }[dtype]
+    pairs = [(*pair, forward) for pair in zip(results, expected, strict=True)]
+    pairs += [(*pair, backward) for pair in zip(grads, expected_grads, strict=True)]
+    for result, wanted, bound in pairs:
+        # Where gradients cancel, their errors are those of the terms.
+        size = max(wanted.double().norm().item(), 0.1 * wanted.numel() ** 0.5)
+        assert (result.double() - wanted.double()).norm().item() <= bound * size
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("spatial", "dilation"), [((80,), (1,)), ((22, 41), (1, 1)), ((22, 41), (3, 2))])
+def test_what_a_query_does_not_see_does_not_reach_it(
+    capability: str, spatial: tuple[int, ...], dilation: tuple[int, ...], is_causal: bool, bad: float
+):
+    rank = len(spatial)
+    problem = random_problem(
+        spatial,
+        (5,) * rank,
+        dilation=dilation,
+        is_causal=(is_causal,) * rank,
+        head_dim=16,
+        bias=True,
+        dtype=torch.float32,
+    )
+    clean, clean_grads = run(problem)
+    token = (1, *(length // 2 for length in spatial), 1)
+    tensors = [tensor if tensor is None else tensor.clone() for tensor in problem.tensors]
+    grad_output = problem.grad_output.clone()
+    for tensor in (*tensors[:3], grad_output):
+        tensor[token] = bad
+    results, grads = run(replace(problem, tensors=tuple(tensors), grad_output=grad_output))
+    # Tokens see the bad one, or one that sees it, within twice the window.
+    far = torch.ones(problem.tensors[0].shape[:-1], dtype=torch.bool)
+    near = [
+        slice(max(0, length // 2 - 8 * d), length // 2 + 8 * d + 1) for length, d in zip(spatial, dilation, strict=True)
+    ]
+    far[(1, *near, 1)] = False
+    for result, wanted in zip((*results, *grads[:3]), (*clean, *clean_grads[:3]), strict=True):
+        assert torch.equal(result[far], wanted[far])
+    assert not torch.isfinite(results[0][token]).any()
 
 
 def compare(results, grads, expected, expected_grads) -> None:

@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -194,11 +198,44 @@ Forward make_forward(const Inputs& inputs, const Problem& problem, int rank, con
           logsumexp};
 }
 
-// A cache line, which is the widest vector too.
-constexpr std::align_val_t kScratchAlignment{64};
+// A large page: the kernels read many rows side by side, each from a small page of its own otherwise.
+constexpr size_t kLargePage = size_t{1} << 21;
+constexpr std::align_val_t kScratchAlignment{kLargePage};
 
 struct FreeScratch {
   void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
+};
+
+// Scratch memory of one thread. What is small is kept for the next call: the system takes longer to map fresh memory
+// than a small problem takes.
+class ThreadScratch {
+ public:
+  // Null where there is not enough memory.
+  void* get(size_t bytes) {
+    if (bytes <= size_) return memory_.get();
+    // The page that it ends in is all its own.
+    if (bytes > kSmall) bytes = (bytes + kLargePage - 1) / kLargePage * kLargePage;
+    memory_.reset();
+    memory_.reset(::operator new(bytes, kScratchAlignment, std::nothrow));
+    size_ = memory_ ? bytes : 0;
+#ifdef __linux__
+    // Only a wish: whether it is granted changes nothing but the time.
+    if (memory_ && bytes > kSmall) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    return memory_.get();
+  }
+
+  void release() {
+    if (size_ <= kMostKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kSmall = size_t{1} << 17, kMostKept = size_t{1} << 22;
+
+  std::unique_ptr<void, FreeScratch> memory_;
+  size_t size_ = 0;
 };
 
 template <class Arguments>
@@ -209,11 +246,12 @@ void run(const Pass<Arguments>& pass, const Arguments& args) {
   const size_t bytes = static_cast<size_t>(pass.scratch_bytes(args));
   std::atomic<bool> out_of_memory = false;
   torch::stable::parallel_for(0, pass.count(args), grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, FreeScratch> scratch(::operator new(bytes, kScratchAlignment, std::nothrow));
-    if (scratch)
-      pass.run(args, begin, end, scratch.get());
+    thread_local ThreadScratch scratch;
+    if (void* memory = scratch.get(bytes))
+      pass.run(args, begin, end, memory);
     else
       out_of_memory = true;
+    scratch.release();
   });
   if (out_of_memory) throw std::runtime_error("natten2: can't allocate " + std::to_string(bytes) + " bytes of memory");
 }
@@ -237,18 +275,9 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   Tensor logsumexp = allocate(query, rows, accumulate_type(query.scalar_type()));
   if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
-  run(kernels(dtype).forward,
+  run(kernels(dtype, problem).forward,
       make_forward(inputs, problem, rank, bias, output_view(output, rank), output_view(logsumexp, rank)));
   return {output, logsumexp};
-}
-
-// How many parts the bias's gradient is summed in: enough for many threads, few enough to fit in memory, and the same
-// for any number of threads, so that the sum is too.
-int64_t count_parts(const Problem& problem, int64_t offsets) {
-  constexpr int64_t kTasks = 256, kMostEntries = int64_t{1} << 22;
-  const int64_t wanted = (kTasks + problem.key_heads - 1) / problem.key_heads;
-  const int64_t fitting = kMostEntries / std::max<int64_t>(1, problem.heads * offsets);
-  return std::max<int64_t>(1, std::min(wanted, fitting));
 }
 
 Tensor sum_parts(const Tensor& parts, const Tensor& rpb) {
@@ -298,8 +327,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   Tensor delta = allocate(query, rows, accumulate);
   int64_t offsets = 0;
   if (rpb) offsets = rpb->numel() / problem.heads;
-  const int64_t parts = count_parts(problem, offsets);
-  Tensor grad_rpb_parts = allocate(query, {problem.heads, parts, offsets}, ScalarType::Double);
+  const Kernels chosen = kernels(dtype, problem);
+  const int64_t parts = chosen.parts(problem);
+  Tensor grad_rpb_parts = torch::stable::new_zeros(query, {problem.heads, parts, offsets}, ScalarType::Double);
 
   const std::optional<Tensor> bias = bias_table(inputs);
   const Backward args = {
@@ -314,10 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
       output_view(delta, rank),
       rpb ? static_cast<double*>(grad_rpb_parts.mutable_data_ptr()) : nullptr,
       parts};
-  const Kernels chosen = kernels(dtype);
-  run(chosen.grad_query, args);
-  run(chosen.grad_key_value, args);
-  run(chosen.grad_additional, args);
+  for (int i = 0; i < chosen.passes; ++i) run(chosen.backward[i], args);
   Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : like(rpb);
   return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
 }

@@ -185,6 +185,14 @@ class GradQueryOwner {
 // A task is a share of all blocks, for one key head: with a bias, the part that its gradient is summed over.
 template <class Storage>
 struct GradQueryPass {
+  // How many parts the bias's gradient is summed in: enough for many threads, few enough to fit in memory, and the same
+  // for any number of threads, so that the sum is too.
+  static int64_t parts(const Problem& problem) {
+    constexpr int64_t kTasks = 256, kMostEntries = int64_t{1} << 22;
+    const int64_t wanted = (kTasks + problem.key_heads - 1) / problem.key_heads;
+    return larger(1, smaller(wanted, kMostEntries / (problem.heads * offsets(problem))));
+  }
+
   static int64_t count(const Backward& args) { return args.forward.problem.key_heads * args.parts; }
 
   static int64_t work(const Backward& args) {
@@ -203,7 +211,7 @@ struct GradQueryPass {
     GradQueryOwner<Storage> owner(args, scratch);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_head = task / args.parts, part = task % args.parts;
-      const BiasSums grad_rpb = clear_part(args, key_head, part);
+      const BiasSums grad_rpb = sums(args, part);
       // Rounded so that all parts together are all blocks, each once.
       const int64_t blocks = problem.batch * blocks_per_image(problem);
       for (int64_t block = blocks * part / args.parts; block < blocks * (part + 1) / args.parts; ++block) {
@@ -216,14 +224,10 @@ struct GradQueryPass {
   }
 
  private:
-  static BiasSums clear_part(const Backward& args, int64_t key_head, int64_t part) {
-    const Problem& problem = args.forward.problem;
+  static BiasSums sums(const Backward& args, int64_t part) {
     if (!args.grad_rpb_parts) return {nullptr, 0};
-    const int64_t group = group_size(problem), size = offsets(problem);
-    const BiasSums sums = {args.grad_rpb_parts + part * size, args.parts * size};
-    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-      fill_zero(sums.data + head * sums.head_stride, size);
-    return sums;
+    const int64_t size = offsets(args.forward.problem);
+    return {args.grad_rpb_parts + part * size, args.parts * size};
   }
 };
 

@@ -6,9 +6,9 @@
 
 namespace natten2::cpu {
 
-#define NATTEN2_DECLARE(isa) \
-  namespace isa {            \
-  Kernels kernels(Dtype);    \
+#define NATTEN2_DECLARE(isa)              \
+  namespace isa {                         \
+  Kernels kernels(Dtype, const Problem&); \
   }
 NATTEN2_DECLARE(baseline)
 #ifdef NATTEN2_X86_SETS
@@ -21,7 +21,7 @@ namespace {
 
 struct Capability {
   const char* name;
-  Kernels (*kernels)(Dtype);
+  Kernels (*kernels)(Dtype, const Problem&);
   bool (*runs_here)();
 };
 
@@ -57,7 +57,7 @@ std::atomic<const Capability*>& current() {
 
 }  // namespace
 
-Kernels kernels(Dtype dtype) { return current().load()->kernels(dtype); }
+Kernels kernels(Dtype dtype, const Problem& problem) { return current().load()->kernels(dtype, problem); }
 
 }  // namespace natten2::cpu
 

@@ -5,6 +5,6 @@
 
 namespace natten2::cpu {
 
-Kernels kernels(Dtype dtype);
+Kernels kernels(Dtype dtype, const Problem& problem);
 
 }  // namespace natten2::cpu

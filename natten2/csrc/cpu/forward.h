@@ -10,9 +10,6 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
-// The query heads that share a key head are done together, so that each key and value is loaded once for all of them.
-inline int64_t group_size(const Problem& problem) { return problem.heads / problem.key_heads; }
-
 // The slots of a query: the additional keys first, then those of its window.
 inline int64_t most_slots(const Problem& problem) { return problem.additional + most_found<Seek::kKeys>(problem); }
 

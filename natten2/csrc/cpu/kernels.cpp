@@ -1,6 +1,9 @@
 // Instantiates the kernels of one instruction set: compiled once for each, with NATTEN2_ISA naming it.
 #include "backward.h"
 #include "forward.h"
+#include "path.h"
+#include "stencil_backward.h"
+#include "stencil_forward.h"
 
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
@@ -12,23 +15,42 @@ constexpr Pass<Arguments> pass() {
 }
 
 template <class Storage>
-constexpr Kernels instance() {
-  return {pass<Forward, ForwardPass<Storage>>(), pass<Backward, GradQueryPass<Storage>>(),
-          pass<Backward, GradKeyValuePass<Storage>>(), pass<Backward, GradAdditionalPass<Storage>>()};
+Kernels gather() {
+  // The first writes delta, which the others read.
+  static constexpr Pass<Backward> kBackward[] = {pass<Backward, GradQueryPass<Storage>>(),
+                                                 pass<Backward, GradKeyValuePass<Storage>>(),
+                                                 pass<Backward, GradAdditionalPass<Storage>>()};
+  return {pass<Forward, ForwardPass<Storage>>(), kBackward, 3, GradQueryPass<Storage>::parts};
+}
+
+template <class Storage>
+Kernels stencil() {
+  static constexpr Pass<Backward> kBackward[] = {pass<Backward, StencilBackwardPass<Storage>>()};
+  return {pass<Forward, StencilForwardPass<Storage>>(), kBackward, 1, StencilBackwardPass<Storage>::parts};
+}
+
+template <class Storage>
+Kernels choose(const Problem& problem) {
+  switch (path(problem)) {
+    case Path::kStencil:
+      return stencil<Storage>();
+    default:
+      return gather<Storage>();
+  }
 }
 
 }  // namespace
 
-Kernels kernels(Dtype dtype) {
+Kernels kernels(Dtype dtype, const Problem& problem) {
   switch (dtype) {
     case Dtype::kDouble:
-      return instance<double>();
+      return gather<double>();
     case Dtype::kBFloat16:
-      return instance<BFloat16>();
+      return choose<BFloat16>(problem);
     case Dtype::kHalf:
-      return instance<Half>();
+      return choose<Half>(problem);
     default:
-      return instance<float>();
+      return choose<float>(problem);
   }
 }
 

@@ -41,7 +41,7 @@ struct Forward {
 };
 
 // The gradient of the log-sum-exp may be null. `delta` [batch, axes, heads] is scratch in the accumulation type, and
-// `grad_rpb_parts` [heads, parts, offsets] in double, or null: each part sums over its share of the queries.
+// `grad_rpb_parts` [heads, parts, offsets] in double, or null: zeros, to each of which a share of the queries is added.
 struct Backward {
   Forward forward;
   View grad_output, grad_logsumexp;
@@ -61,12 +61,12 @@ struct Pass {
   void (*run)(const Arguments&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The backward passes run in this order: the first writes delta, which the others read.
+// The backward passes run one after the other.
 struct Kernels {
   Pass<Forward> forward;
-  Pass<Backward> grad_query;
-  Pass<Backward> grad_key_value;
-  Pass<Backward> grad_additional;
+  const Pass<Backward>* backward;
+  int passes;
+  int64_t (*parts)(const Problem&);  // of the bias's gradient
 };
 
 }  // namespace natten2::cpu

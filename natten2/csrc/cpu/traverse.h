@@ -7,6 +7,9 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
+// The query heads that share a key head are done together: each key and value is loaded once for all of them.
+inline int64_t group_size(const Problem& problem) { return problem.heads / problem.key_heads; }
+
 // A token's place in the batch and the grid.
 struct Token {
   int64_t batch;

@@ -1,0 +1,249 @@
+// Whole vectors of float32, one lane for each of several queries or channels.
+#pragma once
+
+#include <utility>
+
+#include "vector.h"
+
+namespace natten2::cpu {
+inline namespace NATTEN2_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+// A mask that changes nothing keeps GCC from warning of what its own headers leave uninitialized.
+constexpr uint16_t kAllLanes = 0xffff;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
+using LaneInts [[gnu::vector_size(kLanes * sizeof(int32_t))]] = int32_t;
+using LaneBits [[gnu::vector_size(kLanes * sizeof(uint32_t))]] = uint32_t;
+using LaneShorts [[gnu::vector_size(kLanes * sizeof(uint16_t))]] = uint16_t;
+
+constexpr int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// Subtracting zero changes no number, so that the compiler leaves a plain broadcast.
+inline Lanes splat(float x) { return x - Lanes{}; }
+
+inline Lanes load_lanes(const float* x) {
+  Lanes lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
+}
+
+inline void store_lanes(Lanes lanes, float* out) { std::memcpy(out, &lanes, sizeof lanes); }
+
+inline Lanes widen_lanes(const float* x) { return load_lanes(x); }
+
+inline Lanes widen_lanes(const BFloat16* x) {
+  LaneShorts bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return (Lanes)(__builtin_convertvector(bits, LaneBits) << 16);
+}
+
+inline Lanes widen_lanes(const Half* x) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__)
+  return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  float wide[kLanes];
+  load(x, wide, kLanes);
+  return load_lanes(wide);
+#endif
+}
+
+inline void narrow_lanes(Lanes x, float* out) { store_lanes(x, out); }
+
+inline void narrow_lanes(Lanes x, BFloat16* out) {
+  const LaneBits bits = (LaneBits)x;
+  const LaneBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const LaneShorts result = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, LaneShorts);
+  std::memcpy(out, &result, sizeof result);
+}
+
+inline void narrow_lanes(Lanes x, Half* out) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_maskz_cvtps_ph(kAllLanes, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store(reinterpret_cast<const float*>(&x), out, kLanes);
+#endif
+}
+
+// Keeps the compiler from loading again what it has loaded, once for each use.
+inline void hold(Lanes& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE2__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
+// Each lane from one of two vectors that follow each other: lane i is number index[i] of both.
+inline Lanes pick(Lanes low, Lanes high, LaneInts index) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_permutex2var_ps((__m512)low, (__m512i)index, (__m512)high);
+#elif defined(__AVX2__)
+  const __m256 first = _mm256_permutevar8x32_ps((__m256)low, (__m256i)index);
+  const __m256 second = _mm256_permutevar8x32_ps((__m256)high, (__m256i)index);
+  return (Lanes)_mm256_blendv_ps(first, second, (__m256)(index << 28));
+#else
+  Lanes result;
+  for (int i = 0; i < kLanes; ++i) result[i] = index[i] < kLanes ? low[index[i]] : high[index[i] - kLanes];
+  return result;
+#endif
+}
+
+// The larger of each pair; the second where one is NaN.
+inline Lanes larger_lanes(Lanes x, Lanes y) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_max_ps(kAllLanes, (__m512)x, (__m512)y);
+#elif defined(__AVX__)
+  return (Lanes)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+inline Lanes smaller_lanes(Lanes x, Lanes y) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_min_ps(kAllLanes, (__m512)x, (__m512)y);
+#elif defined(__AVX__)
+  return (Lanes)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+  return x < y ? x : y;
+#endif
+}
+
+// e^x within 2 units in the last place; 0 and infinity beyond, NaN for NaN.
+inline Lanes exponential(Lanes x) {
+  constexpr float kLog2E = 1.44269504089f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  x = smaller_lanes(splat(89.0f), larger_lanes(splat(-104.0f), x));
+  const Lanes shifted = x * kLog2E + kRound;
+  const Lanes count = shifted - kRound;
+  const Lanes rest = (x - count * kLn2High) - count * kLn2Low;
+  Lanes polynomial = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+  polynomial = polynomial * rest + 8.3334519073e-3f;
+  polynomial = polynomial * rest + 4.1665795894e-2f;
+  polynomial = polynomial * rest + 1.6666665459e-1f;
+  polynomial = polynomial * rest + 5.0000001201e-1f;
+  polynomial = polynomial * rest * rest + rest + 1.0f;
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)polynomial, (__m512)count);
+#else
+  // 2^count in two factors, since the exponent of one would overflow at both ends.
+  const LaneInts exponent = (LaneInts)shifted - (LaneInts)splat(kRound);
+  const LaneInts half = exponent >> 1;
+  return polynomial * (Lanes)((half + 127) << 23) * (Lanes)((exponent - half + 127) << 23);
+#endif
+}
+
+// The natural logarithm within 3 units in the last place or 1e-7, whichever is more; for what is no positive normal
+// number, the standard library's.
+inline Lanes logarithm(Lanes x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRootHalf = 0.707106781f;
+  bool is_normal = true;
+  for (int i = 0; i < kLanes; ++i) is_normal &= x[i] >= 1.17549435e-38f && x[i] <= 3.40282347e38f;
+  if (!is_normal) {
+    Lanes result;
+    for (int i = 0; i < kLanes; ++i) result[i] = std::log(x[i]);
+    return result;
+  }
+  // x = mantissa * 2^exponent with a mantissa between the roots of 1/2 and 2.
+  const LaneInts offset = (LaneInts)x - (LaneInts)splat(kRootHalf);
+  const LaneInts exponent = offset >> 23;
+  const Lanes rest = (Lanes)((LaneInts)x - (exponent << 23)) - 1.0f;
+  const Lanes count = __builtin_convertvector(exponent, Lanes);
+  Lanes polynomial = 7.0376836292e-2f * rest - 1.1514610310e-1f;
+  polynomial = polynomial * rest + 1.1676998740e-1f;
+  polynomial = polynomial * rest - 1.2420140846e-1f;
+  polynomial = polynomial * rest + 1.4249322787e-1f;
+  polynomial = polynomial * rest - 1.6668057665e-1f;
+  polynomial = polynomial * rest + 2.0000714765e-1f;
+  polynomial = polynomial * rest - 2.4999993993e-1f;
+  polynomial = polynomial * rest + 3.3333331174e-1f;
+  const Lanes square = rest * rest;
+  return rest + (polynomial * rest * square + (count * kLn2Low - 0.5f * square)) + count * kLn2High;
+}
+
+// Interleaves runs of kRun lanes from the first or second half of each quarter vector, as one instruction does.
+template <int kRun, int kHalf, int... kIndex>
+inline Lanes interleave(Lanes x, Lanes y, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(
+      x, y,
+      ((kIndex & ~3) + 2 * kHalf +
+       (kRun == 1 ? (kIndex & 3) / 2 + kLanes * (kIndex & 1) : (kIndex & 1) + kLanes * ((kIndex & 3) / 2)))...);
+}
+
+// Every second quarter of two vectors, from the first one or from the next.
+template <int kFirst, int... kIndex>
+inline Lanes quarters(Lanes x, Lanes y, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(x, y, (kIndex / 4 * 8 + 4 * kFirst + kIndex % 4)...);
+}
+
+inline void transpose(Lanes (&rows)[kLanes]) {
+  constexpr auto kIndex = std::make_integer_sequence<int, kLanes>();
+  // Squares of 4 rows and 4 lanes first.
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const Lanes low0 = interleave<1, 0>(rows[i], rows[i + 1], kIndex);
+    const Lanes high0 = interleave<1, 1>(rows[i], rows[i + 1], kIndex);
+    const Lanes low1 = interleave<1, 0>(rows[i + 2], rows[i + 3], kIndex);
+    const Lanes high1 = interleave<1, 1>(rows[i + 2], rows[i + 3], kIndex);
+    rows[i] = interleave<2, 0>(low0, low1, kIndex);
+    rows[i + 1] = interleave<2, 1>(low0, low1, kIndex);
+    rows[i + 2] = interleave<2, 0>(high0, high1, kIndex);
+    rows[i + 3] = interleave<2, 1>(high0, high1, kIndex);
+  }
+  // Then the squares change places.
+  if constexpr (kLanes == 8) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Lanes first = quarters<0>(rows[i], rows[4 + i], kIndex);
+      rows[4 + i] = quarters<1>(rows[i], rows[4 + i], kIndex);
+      rows[i] = first;
+    }
+  }
+  if constexpr (kLanes == 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Lanes even0 = quarters<0>(rows[i], rows[4 + i], kIndex);
+      const Lanes odd0 = quarters<1>(rows[i], rows[4 + i], kIndex);
+      const Lanes even1 = quarters<0>(rows[8 + i], rows[12 + i], kIndex);
+      const Lanes odd1 = quarters<1>(rows[8 + i], rows[12 + i], kIndex);
+      rows[i] = quarters<0>(even0, even1, kIndex);
+      rows[8 + i] = quarters<1>(even0, even1, kIndex);
+      rows[4 + i] = quarters<0>(odd0, odd1, kIndex);
+      rows[12 + i] = quarters<1>(odd0, odd1, kIndex);
+    }
+  }
+}
+
+// A vector of channels of which only `count` exist; the others are zero.
+template <class Storage>
+inline Lanes widen_some(const Storage* x, int64_t count) {
+  if (count >= kLanes) return widen_lanes(x);
+  Storage some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = x[i];
+  return widen_lanes(some);
+}
+
+template <class Storage>
+inline void narrow_some(Lanes x, Storage* out, int64_t count) {
+  if (count >= kLanes) return narrow_lanes(x, out);
+  Storage some[kLanes];
+  narrow_lanes(x, some);
+  for (int64_t i = 0; i < count; ++i) out[i] = some[i];
+}
+
+}  // namespace NATTEN2_ISA
+}  // namespace natten2::cpu

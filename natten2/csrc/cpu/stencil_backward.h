@@ -1,0 +1,495 @@
+// Backward of small windows. A sheet visits every query that sees a key of its own, computes their weights and the
+// gradients of their scores, and adds those to its own queries', keys', and values' gradients: one owner for each.
+#pragma once
+
+#include "stencil.h"
+
+namespace natten2::cpu {
+inline namespace NATTEN2_ISA {
+
+template <class Storage>
+class StencilBackward {
+ public:
+  StencilBackward(const Backward& args, const Cut& cut, Arena& arena)
+      : args_(args),
+        problem_(args.forward.problem),
+        cut_(cut),
+        walk_(args.forward, cut, arena),
+        sizes_(walk_.sizes),
+        key_channels_(sizes_.key_vectors * kLanes),
+        value_channels_(sizes_.value_vectors * kLanes),
+        sums_(cut.row_slots[0], problem_.axes[0].length > 1 ? cut.rows : cut.row_slots[1], arena),
+        query_offsets_(arena.take<int64_t>(cut.most_queries)),
+        output_offsets_(arena.take<int64_t>(cut.most_queries)),
+        grad_output_offsets_(arena.take<int64_t>(cut.most_queries)),
+        logsumexp_offsets_(arena.take<int64_t>(cut.most_queries)),
+        grad_logsumexp_offsets_(arena.take<int64_t>(cut.most_queries)),
+        grad_query_offsets_(arena.take<int64_t>(cut.most_queries)),
+        key_offsets_(arena.take<int64_t>(cut.most_keys)),
+        value_offsets_(arena.take<int64_t>(cut.most_keys)),
+        grad_key_offsets_(arena.take<int64_t>(cut.most_keys)),
+        grad_value_offsets_(arena.take<int64_t>(cut.most_keys)),
+        owned_keys_(arena.take<int32_t>(cut.most_keys)),
+        seen_begin_(arena.take<int32_t>(cut.most_keys)),
+        seen_end_(arena.take<int32_t>(cut.most_keys)),
+        key_pairs_(arena.take<ColumnPair>(cut.most_keys)),
+        sources_(arena.take<Source>(sizes_.sources)),
+        owned_rows_(arena.take<OwnedRow>(sizes_.sources)),
+        keys_by_channel_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
+        values_by_channel_(arena.take<float>(walk_.slots.size() * problem_.value_dim * sizes_.pitch)),
+        keys_(arena.take<float>(walk_.slots.size() * cut.most_keys * key_channels_)),
+        grad_keys_(arena.take<float>(sums_.size() * cut.most_keys * key_channels_)),
+        grad_values_(arena.take<float>(sums_.size() * cut.most_keys * value_channels_)),
+        queries_(arena.take<float>(kRows * kLanes * key_channels_)),
+        grad_outputs_(arena.take<float>(kRows * kLanes * value_channels_)),
+        queries_by_channel_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
+        grad_outputs_by_channel_(arena.take<float>(kRows * problem_.value_dim * kLanes)),
+        weights_(arena.take<float>(kRows * sizes_.window_scores)),
+        grad_scores_(arena.take<float>(kRows * sizes_.window_scores)),
+        grad_queries_(arena.take<float>(2 * kRows * key_channels_)),
+        unowned_(arena.take<float>(cut.most_keys * larger(key_channels_, value_channels_))),
+        grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
+        grad_bias_(arena.take<float>(grad_bias_size_)) {}
+
+  void start() {
+    fill_zero(grad_bias_, grad_bias_size_);
+    fill_zero(unowned_, cut_.most_keys * larger(key_channels_, value_channels_));
+  }
+
+  void run(const Sheet& sheet) {
+    if (walk_.start(sheet)) start_columns();
+    sums_.clear();
+    const int64_t depth = walk_.depth(), height = walk_.height();
+    rows_ = {smaller(height, sheet.strip * cut_.rows), smaller(height, (sheet.strip + 1) * cut_.rows)};
+    if (rows_.size() <= 0 || walk_.columns.queries() == 0) return;
+    const Interval queries = visited(Visit::kSeeing, problem_.axes[1], height, rows_);
+    for (int64_t p0 = 0; p0 < depth; ++p0)
+      for_each_row_tile(problem_, height, depth, p0, queries, [&](const RowTile& tile) { run_tile(tile); });
+    for (int64_t slot = 0; slot < sums_.size(); ++slot) flush(slot);
+  }
+
+  // Adds the gradient of the bias, which all sheets since `start` have summed up, to the heads'. Every chunk that has
+  // lines of a head has `parts` of its own.
+  void finish(int64_t parts, int64_t part) {
+    if (!args_.grad_rpb_parts) return;
+    const int64_t keys = problem_.axes[2].kernel_size, entries = bias_entries(problem_.axes[2]);
+    const int64_t size = offsets(problem_);
+    const float* sums = grad_bias_;
+    for (int64_t g = 0; g < sizes_.heads_per_key; ++g) {
+      for (int64_t b = 0; b < walk_.columns.blocks(); ++b, sums += sizes_.block_bias) {
+        const Block& block = walk_.columns.block_at(b);
+        for (int64_t i = 0; i < block.count; ++i) {
+          const int64_t column = block.first + i, entry = walk_.columns.bias()[column];
+          if (!walk_.columns.owned()[column]) continue;
+          const int64_t first_head = entry / size, key_head = first_head / sizes_.heads_per_key;
+          const int64_t first_chunk = key_head * problem_.axes[2].dilation / cut_.lines_together;
+          const int64_t own_part = (walk_.sheet.chunk - first_chunk) * parts + part;
+          double* out = args_.grad_rpb_parts + ((first_head + g) * args_.parts + own_part) * size + entry % size;
+          for (int64_t row = 0; row < bias_entries(problem_.axes[0]) * sizes_.bias_rows; ++row)
+            for (int64_t k = 0; k < walk_.columns.sizes()[column]; ++k)
+              out[row * entries + k] += sums[(row * keys + k) * kLanes + i];
+        }
+      }
+    }
+  }
+
+ private:
+  // A key row that the sheet owns, and where its gradients are summed.
+  struct OwnedRow {
+    const SheetWalk::KeyRow* row;
+    float* grad_keys;
+    float* grad_values;
+  };
+
+  void start_columns() {
+    const Columns& columns = walk_.columns;
+    const Forward& forward = args_.forward;
+    columns.query_offsets(forward.query, sizes_.heads_per_key, query_offsets_);
+    columns.query_offsets(forward.output, sizes_.heads_per_key, output_offsets_);
+    columns.query_offsets(args_.grad_output, sizes_.heads_per_key, grad_output_offsets_);
+    columns.query_offsets(forward.logsumexp, sizes_.heads_per_key, logsumexp_offsets_);
+    columns.query_offsets(args_.grad_logsumexp, sizes_.heads_per_key, grad_logsumexp_offsets_);
+    columns.query_offsets(args_.grad_query, sizes_.heads_per_key, grad_query_offsets_);
+    columns.key_offsets(forward.key, key_offsets_);
+    columns.key_offsets(forward.value, value_offsets_);
+    columns.key_offsets(args_.grad_key, grad_key_offsets_);
+    columns.key_offsets(args_.grad_value, grad_value_offsets_);
+    for (int64_t l = 0; l < columns.line_count(); ++l) {
+      const Line& line = columns.line(l);
+      for (int64_t p = line.keys.begin; p < line.keys.end; ++p)
+        owned_keys_[line.key_column + p - line.keys.begin] = line.owned.begin <= p && p < line.owned.end;
+    }
+    walk_.clear_padding(keys_by_channel_, problem_.head_dim);
+    walk_.clear_padding(values_by_channel_, problem_.value_dim);
+  }
+
+  void run_tile(const RowTile& tile) {
+    walk_.find_key_rows(tile, [&](const SheetWalk::KeyRow& row) { load_key_row(row); });
+    owned_count_ = 0;
+    for (int64_t s = 0; s < walk_.key_row_count; ++s) {
+      const SheetWalk::KeyRow& row = walk_.key_rows[s];
+      sources_[s] = {keys_ + row.slot * cut_.most_keys * key_channels_, row.begin, row.end, {}};
+      for (int r = 0; r < kRows; ++r) sources_[s].weights[r] = row.scores[r];
+      if (row.p1 < rows_.begin || rows_.end <= row.p1) continue;
+      const int64_t slot = sums_.slot(row.p0, row.p1), number = row.p0 * walk_.height() + row.p1;
+      if (sums_.held(slot) != number) {
+        flush(slot);
+        sums_.held(slot) = number;
+        fill_zero(grad_key_row(slot), walk_.columns.keys() * key_channels_);
+        fill_zero(grad_value_row(slot), walk_.columns.keys() * value_channels_);
+      }
+      owned_rows_[owned_count_++] = {&row, grad_key_row(slot), grad_value_row(slot)};
+    }
+    for (int64_t b = 0; b < walk_.columns.blocks(); ++b) run_block(tile, b);
+  }
+
+  void load_key_row(const SheetWalk::KeyRow& row) {
+    const Forward& forward = args_.forward;
+    const int64_t count = walk_.columns.keys();
+    const Storage* keys = data<const Storage>(forward.key) + walk_.row_offset(forward.key, row.p0, row.p1);
+    const Storage* values = data<const Storage>(forward.value) + walk_.row_offset(forward.value, row.p0, row.p1);
+    load_by_channel(keys, key_offsets_, count, problem_.head_dim,
+                    keys_by_channel_ + row.slot * problem_.head_dim * sizes_.pitch, sizes_.pitch);
+    load_by_channel(values, value_offsets_, count, problem_.value_dim,
+                    values_by_channel_ + row.slot * problem_.value_dim * sizes_.pitch, sizes_.pitch);
+    load_by_token(keys, key_offsets_, count, problem_.head_dim, keys_ + row.slot * cut_.most_keys * key_channels_);
+  }
+
+  void run_block(const RowTile& tile, int64_t b) {
+    const Block& block = walk_.columns.block_at(b);
+    prefetch(tile, block);
+    for (int r = 0; r < tile.count; ++r) load_queries(tile, block, r);
+    walk_.score_block(tile, b, keys_by_channel_, queries_by_channel_, problem_.head_dim, args_.forward.rpb,
+                      static_cast<float>(problem_.scale), weights_);
+    walk_.score_block(tile, b, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false, 1,
+                      grad_scores_);
+    for (int r = 0; r < tile.count; ++r) {
+      const Lanes logsumexp = logsumexp_[r], delta = delta_[r];
+      walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+        float *weights = weights_ + first, *grad_scores = grad_scores_ + first;
+        for (int64_t i = 0; i < vectors; ++i, weights += kLanes, grad_scores += kLanes) {
+          const Lanes weight = exponential(load_lanes(weights) - logsumexp);
+          store_lanes(weight, weights);
+          store_lanes(weight * (load_lanes(grad_scores) - delta), grad_scores);
+        }
+      });
+    }
+    walk_.hide(tile, b, 0, grad_scores_);
+    if (grad_bias_size_ > 0) add_bias(tile, b);
+    sum_grad_queries(tile, block);
+    find_seen(block);
+    for (int64_t first = 0; first < owned_count_;) {
+      int64_t end = first + 1;
+      while (end < owned_count_ && end - first < kRows && owned_rows_[end].row->p0 == owned_rows_[first].row->p0) ++end;
+      sum_grad_keys(tile, owned_rows_ + first, end - first);
+      first = end;
+    }
+  }
+
+  // Loads a row of queries and what belongs to them: by token, and by channel.
+  void load_queries(const RowTile& tile, const Block& block, int r) {
+    int64_t offsets[kLanes];
+    const auto load_both = [&](const View& view, const int64_t* token_offsets, int64_t channels, int64_t width,
+                               float* by_token, float* by_channel) {
+      load_by_token(row_of<const Storage>(view, tile, r), token_offsets + block.first, block.count, channels, by_token);
+      for (int64_t i = 0; i < kLanes; ++i) offsets[i] = i * width;
+      load_by_channel<float>(by_token, offsets, block.count, channels, by_channel, kLanes);
+    };
+    float* grad_outputs = grad_outputs_ + r * kLanes * value_channels_;
+    load_both(args_.forward.query, query_offsets_, problem_.head_dim, key_channels_,
+              queries_ + r * kLanes * key_channels_, queries_by_channel_ + r * problem_.head_dim * kLanes);
+    load_both(args_.grad_output, grad_output_offsets_, problem_.value_dim, value_channels_, grad_outputs,
+              grad_outputs_by_channel_ + r * problem_.value_dim * kLanes);
+    const Storage* outputs = row_of<const Storage>(args_.forward.output, tile, r);
+    const float* logsumexps = row_of<const float>(args_.forward.logsumexp, tile, r);
+    const float* grad_logsumexps =
+        args_.grad_logsumexp.data ? row_of<const float>(args_.grad_logsumexp, tile, r) : nullptr;
+    logsumexp_[r] = Lanes{};
+    Lanes products[kLanes] = {}, grads = {};
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t column = block.first + i;
+      Lanes product = {};
+      for (int64_t channel = 0; channel < problem_.value_dim; channel += kLanes)
+        product += widen_some(outputs + output_offsets_[column] + channel, problem_.value_dim - channel) *
+                   load_lanes(grad_outputs + i * value_channels_ + channel);
+      products[i] = product;
+      if (grad_logsumexps) grads[i] = grad_logsumexps[grad_logsumexp_offsets_[column]];
+      logsumexp_[r][i] = logsumexps[logsumexp_offsets_[column]];
+    }
+    transpose(products);
+    delta_[r] = -grads;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) delta_[r] += products[i];
+  }
+
+  void prefetch(const RowTile& tile, const Block& block) const {
+    const Forward& forward = args_.forward;
+    walk_.prefetch_queries<Storage>(forward.query, query_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_queries<Storage>(args_.grad_output, grad_output_offsets_, problem_.value_dim, tile, block);
+    walk_.prefetch_queries<Storage>(forward.output, output_offsets_, problem_.value_dim, tile, block);
+    walk_.prefetch_keys<Storage>(forward.key, key_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_keys<Storage>(forward.value, value_offsets_, problem_.value_dim, tile, block);
+  }
+
+  // Adds the gradients of a block's scores to those of the bias, by slot and lane.
+  void add_bias(const RowTile& tile, int64_t b) {
+    for (int64_t s = 0; s < walk_.key_row_count; ++s) {
+      const SheetWalk::KeyRow& row = walk_.key_rows[s];
+      for (int r = row.begin; r < row.end; ++r) {
+        if (!owns(tile, r)) continue;
+        float* sums = grad_bias_ + walk_.bias_offset(tile, r, row, b);
+        const float* grads = grad_scores_ + row.scores[r];
+        for (int64_t i = 0; i < sizes_.row_scores; i += kLanes)
+          store_lanes(load_lanes(sums + i) + load_lanes(grads + i), sums + i);
+      }
+    }
+  }
+
+  void sum_grad_queries(const RowTile& tile, const Block& block) {
+    const int32_t* sizes = walk_.columns.sizes() + block.first;
+    const int32_t* starts = walk_.columns.starts() + block.first;
+    const int32_t* owned = walk_.columns.owned() + block.first;
+    Storage* rows[kRows] = {};
+    for (int r = 0; r < tile.count; ++r)
+      if (owns(tile, r)) rows[r] = row_of<Storage>(args_.grad_query, tile, r);
+    SumRows sums = {{}, key_channels_};
+    for (int r = 0; r < kRows; ++r) sums.rows[r] = grad_queries_ + 2 * r * key_channels_;
+    const float scale = static_cast<float>(problem_.scale);
+    ColumnPair pairs[kLanes];
+    const int64_t count = walk_.pair_queries(block, pairs);
+    for_each_sum(pairs, count, sizes_.key_vectors,
+                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+                   Tokens<columns()> tokens = {{}, sizes[column[0]], key_channels_};
+                   const float* weights[columns()];
+                   for (int c = 0; c < columns(); ++c) {
+                     tokens.first[c] = starts[column[c]];
+                     weights[c] = grad_scores_ + column[c];
+                   }
+                   sum_sources<false, columns(), width()>(
+                       sources_, walk_.key_row_count, vector * kLanes, tokens,
+                       [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
+                   for (int c = 0; c < columns(); ++c) {
+                     if (!owned[column[c]]) continue;
+                     for (int r = 0; r < tile.count; ++r) {
+                       if (!rows[r]) continue;
+                       for (int i = 0; i < width(); ++i) {
+                         const int64_t channel = (vector + i) * kLanes;
+                         narrow_some(scale * load_lanes(sums.rows[r] + c * sums.column + channel),
+                                     rows[r] + grad_query_offsets_[block.first + column[c]] + channel,
+                                     problem_.head_dim - channel);
+                       }
+                     }
+                   }
+                 });
+  }
+
+  // Finds the lanes of a block that see each key column, and pairs up the columns that the sheet owns.
+  void find_seen(const Block& block) {
+    const int32_t* sizes = walk_.columns.sizes() + block.first;
+    const int32_t* starts = walk_.columns.starts() + block.first;
+    seen_keys_ = {block.key, block.key};
+    for (int64_t i = 0; i < block.count; ++i) seen_keys_.end = larger(seen_keys_.end, starts[i] + sizes[i]);
+    for (int64_t key = seen_keys_.begin; key < seen_keys_.end; ++key) {
+      seen_begin_[key] = kLanes;
+      seen_end_[key] = 0;
+    }
+    for (int32_t i = 0; i < block.count; ++i) {
+      weight_offsets_[i] = i - starts[i] * kLanes;
+      for (int64_t key = starts[i]; key < starts[i] + sizes[i]; ++key) {
+        seen_begin_[key] = i < seen_begin_[key] ? i : seen_begin_[key];
+        seen_end_[key] = i + 1;
+      }
+    }
+    int32_t waiting[kLanes + 1];
+    const auto tokens = [&](int64_t key) {
+      const int64_t column = seen_keys_.begin + key;
+      return owned_keys_[column] ? seen_end_[column] - seen_begin_[column] : 0;
+    };
+    key_pair_count_ = pair_columns(seen_keys_.size(), kLanes, waiting, tokens, key_pairs_);
+  }
+
+  // Adds what a block's queries give to the gradients of up to kRows key rows that follow each other.
+  void sum_grad_keys(const RowTile& tile, const OwnedRow* rows, int64_t count) {
+    Source queries[kRows], grad_outputs[kRows];
+    int sources = 0;
+    for (int r = 0; r < tile.count; ++r) {
+      Source source = {queries_ + r * kLanes * key_channels_, kRows, 0, {}};
+      for (int u = 0; u < count; ++u) {
+        if (r < rows[u].row->begin || rows[u].row->end <= r) continue;
+        source.begin = u < source.begin ? u : source.begin;
+        source.end = u + 1;
+        source.weights[u] = rows[u].row->scores[r];
+      }
+      if (source.end == 0) continue;
+      queries[sources] = grad_outputs[sources] = source;
+      grad_outputs[sources++].tokens = grad_outputs_ + r * kLanes * value_channels_;
+    }
+    SumRows grad_keys = {{}, key_channels_}, grad_values = {{}, value_channels_};
+    for (int u = 0; u < kRows; ++u) {
+      grad_keys.rows[u] = u < count ? rows[u].grad_keys : nullptr;
+      grad_values.rows[u] = u < count ? rows[u].grad_values : nullptr;
+    }
+    sum_into(queries, sources, sizes_.key_vectors, grad_scores_, grad_keys);
+    sum_into(grad_outputs, sources, sizes_.value_vectors, weights_, grad_values);
+  }
+
+  // Adds weighted tokens of a block to the sums of the key columns that they see.
+  void sum_into(const Source* sources, int64_t count, int64_t vectors, const float* weights,
+                const SumRows& rows) const {
+    const int64_t channels = vectors * kLanes;
+    for_each_sum(key_pairs_, key_pair_count_, vectors,
+                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+                   const int64_t first = seen_keys_.begin + column[0];
+                   Tokens<columns()> tokens = {{}, seen_end_[first] - seen_begin_[first], channels};
+                   const float* first_weights[columns()];
+                   const int32_t* offsets[columns()];
+                   for (int c = 0; c < columns(); ++c) {
+                     const int64_t key = seen_keys_.begin + column[c];
+                     tokens.first[c] = seen_begin_[key];
+                     first_weights[c] = weights + key * kLanes;
+                     offsets[c] = weight_offsets_ + seen_begin_[key];
+                   }
+                   SumRows sums = {{}, (column[columns() - 1] - column[0]) * channels};
+                   for (int r = 0; r < kRows; ++r)
+                     sums.rows[r] = rows.rows[r] ? rows.rows[r] + first * channels : unowned_;
+                   sum_sources<true, columns(), width()>(
+                       sources, count, vector * kLanes, tokens,
+                       [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
+                 });
+  }
+
+  // Writes the gradients of a key row that no query sees any more.
+  void flush(int64_t slot) {
+    const int64_t number = sums_.held(slot);
+    sums_.held(slot) = -1;
+    if (number < 0) return;
+    const int64_t p0 = number / walk_.height(), p1 = number % walk_.height();
+    const float *grad_keys = grad_key_row(slot), *grad_values = grad_value_row(slot);
+    Storage* key_out = data<Storage>(args_.grad_key) + walk_.row_offset(args_.grad_key, p0, p1);
+    Storage* value_out = data<Storage>(args_.grad_value) + walk_.row_offset(args_.grad_value, p0, p1);
+    const float scale = static_cast<float>(problem_.scale);
+    for (int64_t key = 0; key < walk_.columns.keys(); ++key) {
+      if (!owned_keys_[key]) continue;
+      for (int64_t channel = 0; channel < problem_.head_dim; channel += kLanes)
+        narrow_some(scale * load_lanes(grad_keys + key * key_channels_ + channel),
+                    key_out + grad_key_offsets_[key] + channel, problem_.head_dim - channel);
+      for (int64_t channel = 0; channel < problem_.value_dim; channel += kLanes)
+        narrow_some(load_lanes(grad_values + key * value_channels_ + channel),
+                    value_out + grad_value_offsets_[key] + channel, problem_.value_dim - channel);
+    }
+  }
+
+  bool owns(const RowTile& tile, int r) const { return rows_.begin <= tile.p1[r] && tile.p1[r] < rows_.end; }
+
+  template <class T>
+  static T* data(const View& view) {
+    return static_cast<T*>(view.data);
+  }
+  template <class T>
+  T* row_of(const View& view, const RowTile& tile, int r) const {
+    return data<T>(view) + walk_.row_offset(view, tile.p0, tile.p1[r], tile.head[r]);
+  }
+  float* grad_key_row(int64_t slot) const { return grad_keys_ + slot * cut_.most_keys * key_channels_; }
+  float* grad_value_row(int64_t slot) const { return grad_values_ + slot * cut_.most_keys * value_channels_; }
+
+  const Backward& args_;
+  const Problem& problem_;
+  const Cut& cut_;
+  SheetWalk walk_;
+  const Sizes& sizes_;
+  const int64_t key_channels_, value_channels_;  // of a token, in whole vectors
+  RowSlots sums_;
+  Interval rows_ = {};  // of the middle axis, that the sheet owns
+  Interval seen_keys_ = {};
+  int64_t owned_count_ = 0;
+  Lanes logsumexp_[kRows];
+  Lanes delta_[kRows];
+  int32_t weight_offsets_[kLanes];
+  int64_t *query_offsets_, *output_offsets_, *grad_output_offsets_, *logsumexp_offsets_, *grad_logsumexp_offsets_;
+  int64_t *grad_query_offsets_, *key_offsets_, *value_offsets_, *grad_key_offsets_, *grad_value_offsets_;
+  int32_t *owned_keys_, *seen_begin_, *seen_end_;
+  ColumnPair* key_pairs_;
+  int64_t key_pair_count_ = 0;
+  Source* sources_;
+  OwnedRow* owned_rows_;
+  float *keys_by_channel_, *values_by_channel_, *keys_;
+  float *grad_keys_, *grad_values_;
+  float *queries_, *grad_outputs_, *queries_by_channel_, *grad_outputs_by_channel_;
+  float *weights_, *grad_scores_;
+  float* grad_queries_;  // of two columns
+  float* unowned_;
+  int64_t grad_bias_size_;
+  float* grad_bias_;
+};
+
+// A task is a share of the sheets of a chunk's tile, which sums the bias's gradient of its own.
+template <class Storage>
+struct StencilBackwardPass {
+  static Cut cut(const Problem& problem) { return natten2::cpu::cut(problem, Visit::kSeeing, 2); }
+
+  static int64_t sheets(const Problem& problem, const Cut& cut) {
+    return problem.batch * problem.axes[0].dilation * problem.axes[1].dilation * cut.strips;
+  }
+
+  // The same for any number of threads, so that sums are too.
+  static int64_t shares(const Problem& problem, const Cut& cut) {
+    constexpr int64_t kTasks = 64, kMostEntries = int64_t{1} << 22;
+    const int64_t tiles = cut.chunks * cut.tiles;
+    const int64_t fitting =
+        kMostEntries / (problem.heads * offsets(problem) * chunks_per_head(problem, cut) * cut.tiles);
+    return larger(1, smaller(smaller(fitting, (kTasks + tiles - 1) / tiles), sheets(problem, cut)));
+  }
+
+  static int64_t chunks_per_head(const Problem& problem, const Cut& cut) {
+    return smaller(cut.chunks, (problem.axes[2].dilation - 1) / cut.lines_together + 2);
+  }
+
+  // Of which the gradient of each head's bias is the sum.
+  static int64_t parts(const Problem& problem) {
+    const Cut cut = StencilBackwardPass::cut(problem);
+    return chunks_per_head(problem, cut) * cut.tiles * shares(problem, cut);
+  }
+
+  static int64_t count(const Backward& args) {
+    const Problem& problem = args.forward.problem;
+    const Cut cut = StencilBackwardPass::cut(problem);
+    return cut.chunks * cut.tiles * shares(problem, cut);
+  }
+
+  static int64_t work(const Backward& args) {
+    const Problem& problem = args.forward.problem;
+    const Cut cut = StencilBackwardPass::cut(problem);
+    return cut.most_queries * cut.rows * group_size(problem) * most_found<Seek::kKeys>(problem) *
+           (problem.head_dim + problem.value_dim) / 3;
+  }
+
+  static int64_t scratch_bytes(const Backward& args) {
+    const Cut cut = StencilBackwardPass::cut(args.forward.problem);
+    Arena arena(nullptr);
+    StencilBackward<Storage>(args, cut, arena);
+    return arena.used();
+  }
+
+  static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
+    const Problem& problem = args.forward.problem;
+    const Cut cut = StencilBackwardPass::cut(problem);
+    const int64_t shares = StencilBackwardPass::shares(problem, cut),
+                  sheets = StencilBackwardPass::sheets(problem, cut);
+    const int64_t dilation0 = problem.axes[0].dilation, dilation1 = problem.axes[1].dilation;
+    Arena arena(scratch);
+    StencilBackward<Storage> stencil(args, cut, arena);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t share = task % shares, tile = task / shares % cut.tiles, chunk = task / shares / cut.tiles;
+      stencil.start();
+      for (int64_t sheet = sheets * share / shares; sheet < sheets * (share + 1) / shares; ++sheet) {
+        const int64_t strip = sheet % cut.strips, group1 = sheet / cut.strips % dilation1;
+        const int64_t group0 = sheet / cut.strips / dilation1 % dilation0;
+        stencil.run({chunk, tile, sheet / cut.strips / dilation1 / dilation0, group0, group1, strip});
+      }
+      stencil.finish(cut.tiles * shares, tile * shares + share);
+    }
+  }
+};
+
+}  // namespace NATTEN2_ISA
+}  // namespace natten2::cpu

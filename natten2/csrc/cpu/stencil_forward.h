@@ -1,0 +1,221 @@
+// Forward of small windows: scores, softmax, and sums of values of a tile of query rows, block by block.
+#pragma once
+
+#include "stencil.h"
+
+namespace natten2::cpu {
+inline namespace NATTEN2_ISA {
+
+template <class Storage>
+class StencilForward {
+ public:
+  StencilForward(const Forward& args, const Cut& cut, Arena& arena)
+      : args_(args),
+        problem_(args.problem),
+        cut_(cut),
+        walk_(args, cut, arena),
+        sizes_(walk_.sizes),
+        query_offsets_(arena.take<int64_t>(cut.most_queries)),
+        key_offsets_(arena.take<int64_t>(cut.most_keys)),
+        value_offsets_(arena.take<int64_t>(cut.most_keys)),
+        output_offsets_(arena.take<int64_t>(cut.most_queries)),
+        logsumexp_offsets_(arena.take<int64_t>(cut.most_queries)),
+        sources_(arena.take<Source>(sizes_.sources)),
+        keys_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
+        values_(arena.take<float>(walk_.slots.size() * cut.most_keys * sizes_.value_vectors * kLanes)),
+        queries_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
+        scores_(arena.take<float>(kRows * sizes_.window_scores)),
+        outputs_(arena.take<float>(2 * kRows * sizes_.value_vectors * kLanes)) {}
+
+  void run(const Sheet& sheet, int64_t p0) {
+    if (walk_.start(sheet)) {
+      walk_.columns.query_offsets(args_.query, sizes_.heads_per_key, query_offsets_);
+      walk_.columns.query_offsets(args_.output, sizes_.heads_per_key, output_offsets_);
+      walk_.columns.query_offsets(args_.logsumexp, sizes_.heads_per_key, logsumexp_offsets_);
+      walk_.columns.key_offsets(args_.key, key_offsets_);
+      walk_.columns.key_offsets(args_.value, value_offsets_);
+      walk_.clear_padding(keys_, problem_.head_dim);
+    }
+    const int64_t depth = walk_.depth(), height = walk_.height();
+    if (p0 >= depth || walk_.columns.queries() == 0) return;
+    const Interval rows = {smaller(height, sheet.strip * cut_.rows), smaller(height, (sheet.strip + 1) * cut_.rows)};
+    for_each_row_tile(problem_, height, depth, p0, rows, [&](const RowTile& tile) { run_tile(tile); });
+  }
+
+ private:
+  void run_tile(const RowTile& tile) {
+    walk_.find_key_rows(tile, [&](const SheetWalk::KeyRow& row) {
+      const int64_t count = walk_.columns.keys();
+      load_by_channel(static_cast<const Storage*>(args_.key.data) + walk_.row_offset(args_.key, row.p0, row.p1),
+                      key_offsets_, count, problem_.head_dim, keys_ + row.slot * problem_.head_dim * sizes_.pitch,
+                      sizes_.pitch);
+      load_by_token(static_cast<const Storage*>(args_.value.data) + walk_.row_offset(args_.value, row.p0, row.p1),
+                    value_offsets_, count, problem_.value_dim, value_row(row.slot));
+    });
+    for (int64_t s = 0; s < walk_.key_row_count; ++s) {
+      const SheetWalk::KeyRow& row = walk_.key_rows[s];
+      sources_[s] = {value_row(row.slot), row.begin, row.end, {}};
+      for (int r = 0; r < kRows; ++r) sources_[s].weights[r] = row.scores[r];
+    }
+    for (int64_t b = 0; b < walk_.columns.blocks(); ++b) run_block(tile, b);
+  }
+
+  void run_block(const RowTile& tile, int64_t b) {
+    const Block& block = walk_.columns.block_at(b);
+    walk_.prefetch_queries<Storage>(args_.query, query_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_keys<Storage>(args_.key, key_offsets_, problem_.head_dim, tile, block);
+    walk_.prefetch_keys<Storage>(args_.value, value_offsets_, problem_.value_dim, tile, block);
+    for (int r = 0; r < tile.count; ++r)
+      load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
+                      problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
+    walk_.score_block(tile, b, keys_, queries_, problem_.head_dim, args_.rpb, static_cast<float>(problem_.scale),
+                      scores_);
+    walk_.hide(tile, b, -std::numeric_limits<float>::infinity(), scores_);
+    for (int r = 0; r < tile.count; ++r) {
+      const Lanes logsumexp = softmax(tile, r);
+      float* out = row_of<float>(args_.logsumexp, tile, r);
+      for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
+    }
+    sum_values(tile, block);
+  }
+
+  // Turns the scores of a query row into weights, and returns their log-sum-exp.
+  Lanes softmax(const RowTile& tile, int r) {
+    const Lanes infinity = splat(std::numeric_limits<float>::infinity());
+    Lanes most = -infinity;
+    walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+      const float* scores = scores_ + first;
+      Lanes other = most;
+      int64_t i = 0;
+      for (; i + 2 <= vectors; i += 2) {
+        most = larger_lanes(load_lanes(scores + i * kLanes), most);
+        other = larger_lanes(load_lanes(scores + (i + 1) * kLanes), other);
+      }
+      if (i < vectors) most = larger_lanes(load_lanes(scores + i * kLanes), most);
+      most = larger_lanes(other, most);
+    });
+    const Lanes shift = most - most == Lanes{} ? most : Lanes{};
+    Lanes total = {};
+    walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+      float* scores = scores_ + first;
+      for (int64_t i = 0; i < vectors; ++i) {
+        const Lanes weight = exponential(load_lanes(scores + i * kLanes) - shift);
+        total += weight;
+        store_lanes(weight, scores + i * kLanes);
+      }
+    });
+    // Before the values are summed: their sum could overflow where their mean doesn't.
+    const Lanes factor = 1.0f / total;
+    walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+      float* scores = scores_ + first;
+      for (int64_t i = 0; i < vectors; ++i) store_lanes(factor * load_lanes(scores + i * kLanes), scores + i * kLanes);
+    });
+    return shift + logarithm(total);
+  }
+
+  void sum_values(const RowTile& tile, const Block& block) {
+    const int32_t* sizes = walk_.columns.sizes() + block.first;
+    const int32_t* starts = walk_.columns.starts() + block.first;
+    Storage* rows[kRows];
+    for (int r = 0; r < tile.count; ++r) rows[r] = row_of<Storage>(args_.output, tile, r);
+    const int64_t channels = sizes_.value_vectors * kLanes;
+    SumRows sums = {{}, channels};
+    for (int r = 0; r < kRows; ++r) sums.rows[r] = outputs_ + 2 * r * channels;
+    ColumnPair pairs[kLanes];
+    const int64_t count = walk_.pair_queries(block, pairs);
+    for_each_sum(
+        pairs, count, sizes_.value_vectors, [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+          Tokens<columns()> tokens = {{}, sizes[column[0]], channels};
+          const float* weights[columns()];
+          for (int c = 0; c < columns(); ++c) {
+            tokens.first[c] = starts[column[c]];
+            weights[c] = scores_ + column[c];
+          }
+          sum_sources<false, columns(), width()>(
+              sources_, walk_.key_row_count, vector * kLanes, tokens,
+              [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
+          for (int c = 0; c < columns(); ++c)
+            for (int r = 0; r < tile.count; ++r)
+              for (int i = 0; i < width(); ++i) {
+                const int64_t channel = (vector + i) * kLanes;
+                narrow_some(load_lanes(sums.rows[r] + c * sums.column + channel),
+                            rows[r] + output_offsets_[block.first + column[c]] + channel, problem_.value_dim - channel);
+              }
+        });
+  }
+
+  template <class T>
+  T* row_of(const View& view, const RowTile& tile, int r) const {
+    return static_cast<T*>(view.data) + walk_.row_offset(view, tile.p0, tile.p1[r], tile.head[r]);
+  }
+
+  float* value_row(int64_t slot) const { return values_ + slot * cut_.most_keys * sizes_.value_vectors * kLanes; }
+
+  const Forward& args_;
+  const Problem& problem_;
+  const Cut& cut_;
+  SheetWalk walk_;
+  const Sizes& sizes_;
+  int64_t* query_offsets_;
+  int64_t* key_offsets_;
+  int64_t* value_offsets_;
+  int64_t* output_offsets_;
+  int64_t* logsumexp_offsets_;
+  Source* sources_;
+  float* keys_;    // by channel
+  float* values_;  // by token
+  float* queries_;
+  float* scores_;
+  float* outputs_;  // of two columns
+};
+
+// A task is a sheet, and one row of the first axis.
+template <class Storage>
+struct StencilForwardPass {
+  static constexpr int64_t kTasks = 4;
+
+  static Cut cut(const Forward& args) { return natten2::cpu::cut(args.problem, Visit::kOwned, kTasks); }
+
+  static int64_t count(const Forward& args) {
+    const Problem& problem = args.problem;
+    const Cut cut = StencilForwardPass::cut(args);
+    return cut.chunks * cut.tiles * problem.batch * problem.axes[0].length * problem.axes[1].dilation * cut.strips;
+  }
+
+  static int64_t work(const Forward& args) {
+    const Problem& problem = args.problem;
+    const Cut cut = StencilForwardPass::cut(args);
+    return cut.most_queries * cut.rows * group_size(problem) * most_found<Seek::kKeys>(problem) *
+           (problem.head_dim + problem.value_dim) / 8;
+  }
+
+  static int64_t scratch_bytes(const Forward& args) {
+    const Cut cut = StencilForwardPass::cut(args);
+    Arena arena(nullptr);
+    StencilForward<Storage>(args, cut, arena);
+    return arena.used();
+  }
+
+  static void run(const Forward& args, int64_t begin, int64_t end, void* scratch) {
+    const Problem& problem = args.problem;
+    const Cut cut = StencilForwardPass::cut(args);
+    Arena arena(scratch);
+    StencilForward<Storage> stencil(args, cut, arena);
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t rest = task;
+      const auto next = [&](int64_t size) {
+        const int64_t index = rest % size;
+        rest /= size;
+        return index;
+      };
+      const int64_t strip = next(cut.strips), group1 = next(problem.axes[1].dilation);
+      const int64_t index0 = next(problem.axes[0].length), batch = next(problem.batch);
+      const int64_t tile = next(cut.tiles), chunk = next(cut.chunks);
+      const int64_t dilation0 = problem.axes[0].dilation;
+      stencil.run({chunk, tile, batch, index0 % dilation0, group1, strip}, index0 / dilation0);
+    }
+  }
+};
+
+}  // namespace NATTEN2_ISA
+}  // namespace natten2::cpu
