@@ -206,11 +206,7 @@ def _gather_key_value(
             grad_k, grad_v = _visit_queries(
                 step, member, group, boxes, owned, k, v, inputs, upstream, scale, grad_k, grad_v, "any", True, PLAN
             )
-        for i in range(group * (end - inner)):
-            step, head = inner + i % (end - inner), owned.head * group + i // (end - inner)
-            partners, exists = step_tokens(step, boxes, tile, "any", PLAN)
-            q = load_tokens(inputs.query, tile, batch, head, partners, exists, "head_dim", PLAN)
-            grad_k = add_nan(grad_k, visibility(owned, partners), q)
+        # Where a query isn't finite, its delta isn't either, and `dS` says so to those who see it.
         for i in range(3 * group * (end - inner)):
             step, head = inner + i // 3 % (end - inner), owned.head * group + i // 3 // (end - inner)
             partners, exists = step_tokens(step, boxes, tile, "any", PLAN)
