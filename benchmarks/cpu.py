@@ -8,6 +8,7 @@ case is skipped while the machine is busy.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,7 +67,11 @@ def main(options: argparse.Namespace) -> None:
 
     Raises:
         WrongResultError: An implementation disagrees with the reference.
+        ImportError: There is something to draw, and matplotlib is missing.
     """
+    if options.plot is not None:
+        # What is missing is missed before the measurements, not after them.
+        importlib.import_module("matplotlib.figure")
     settings = QUICK if options.quick else Settings()
     if options.rounds is not None:
         settings = replace(settings, rounds=options.rounds)
@@ -78,8 +83,6 @@ def main(options: argparse.Namespace) -> None:
     title = _title(machine["processor"], options.threads, rates)
     tables = [format_records(records) if records else "", format_memory(memory)]
     print("\n\n".join([title, *filter(None, tables)]))
-    if options.plot is not None and rates is not None:
-        plot(options.plot, records, rates, title)
     if options.json is not None:
         clock = clock_for(options.threads).__name__
         content = {
@@ -90,6 +93,8 @@ def main(options: argparse.Namespace) -> None:
             "memory": [asdict(one) for one in memory],
         }
         write_json(options.json, content)
+    if options.plot is not None and rates is not None:
+        plot(options.plot, records, rates, title)
 
 
 def positive(text: str) -> int:

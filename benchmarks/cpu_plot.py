@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plot", "roof"]
 
+# A label's height on the logarithmic axis, and its distance to the right of the points.
+_LINE, _GAP = 1.18, 1.15
 _MARKERS = {OURS: "o", "gather": "x", "swin": "s", "swin-sdpa": "D", "dense": "v", "natten": "P", "flex": "^"}
 
 
@@ -38,7 +40,7 @@ def plot(path: Path, records: Sequence[Record], rates: Rates, title: str) -> Non
 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(7 * columns, 1 + 5 * rows), layout="constrained")
+    figure = Figure(figsize=(7 * columns, 1 + 6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     for axes, (dtype, mode) in zip(grid, panels, strict=False):
         _draw(axes, [one for one in measured if (one.dtype, one.mode) == (dtype, mode)], rates)
@@ -47,7 +49,7 @@ def plot(path: Path, records: Sequence[Record], rates: Rates, title: str) -> Non
         axes.set_visible(False)
     figure.supxlabel("operations per byte of the inputs and outputs", fontsize=10)
     figure.supylabel("useful GFLOP/s", fontsize=10)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title.replace(": ", "\n", 1), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -59,9 +61,7 @@ def _draw(axes: Axes, records: Sequence[Record], rates: Rates) -> None:
         ]
         if points:
             axes.scatter(*zip(*points, strict=True), s=24, marker=marker, label=name, zorder=3 if name == OURS else 2)
-    for one in records:
-        point = (one.flop_per_byte, one.gflop / one.median_ms[OURS] * 1e3)
-        axes.annotate(one.case, point, xytext=(5, 0), textcoords="offset points", fontsize=6, va="center")
+    _label(axes, {one.case: (one.flop_per_byte, one.gflop / one.median_ms[OURS] * 1e3) for one in records})
     ridge = rates.flops_per_second / rates.bytes_per_second
     ends = [one.flop_per_byte for one in records]
     corners = sorted((0.5 * min(*ends, ridge), ridge, 3 * max(*ends, ridge)))
@@ -70,3 +70,13 @@ def _draw(axes: Axes, records: Sequence[Record], rates: Rates) -> None:
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="lower right")
+
+
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names the points in one column beside them, from the top down, since many have the same operations per byte."""
+    right = _GAP * max(x for x, _ in points.values())
+    lowest = float("inf")
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][::-1], reverse=True):
+        lowest = min(y, lowest / _LINE)
+        line = {"arrowstyle": "-", "linewidth": 0.3, "color": "gray"}
+        axes.annotate(name, (x, y), xytext=(right, lowest), fontsize=6, va="center", arrowprops=line)
