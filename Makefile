@@ -27,7 +27,7 @@ format: .venv/natten2
 	$(BIN)/clang-format -i $(filter-out CMakeLists.txt,$(SOURCES))
 
 bench: .venv/natten2
-	$(BIN)/python -m benchmarks cpu --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks cpu --case shapes corners --memory --json benchmarks/results/cpu.json
 
 build: .venv/natten2
 

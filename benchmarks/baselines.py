@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from natten2.ops import reference
 
-__all__ = ["gather_attention", "swin_attention", "swin_sdpa_attention"]
+__all__ = ["gather_attention", "partition", "reverse", "swin_attention", "swin_sdpa_attention"]
 
 
 def gather_attention(
@@ -49,32 +50,32 @@ def swin_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
     Returns:
         The output, in the shape of `query`.
     """
-    blocks = [_partition(tensor, window) for tensor in (query * scale, key, value)]
+    blocks = [partition(tensor, window) for tensor in (query * scale, key, value)]
     scores = blocks[0] @ blocks[1].transpose(-2, -1)
     if rpb is not None:
         scores = scores + _expand_bias(rpb, window)
-    return _reverse(scores.softmax(dim=-1) @ blocks[2], window, query.shape)
+    return reverse(scores.softmax(dim=-1) @ blocks[2], window, query.shape)
 
 
 def swin_sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: int, scale: float
 ) -> Tensor:
     """:func:`swin_attention` with PyTorch's fused attention on the blocks, which takes the bias as a mask."""
-    blocks = [_partition(tensor, window) for tensor in (query, key, value)]
+    blocks = [partition(tensor, window) for tensor in (query, key, value)]
     bias = None if rpb is None else _expand_bias(rpb, window).unsqueeze(0)
     output = torch.nn.functional.scaled_dot_product_attention(*blocks, attn_mask=bias, scale=scale)
-    return _reverse(output, window, query.shape)
+    return reverse(output, window, query.shape)
 
 
-def _partition(tensor: Tensor, window: int) -> Tensor:
+def partition(tensor: Tensor, window: int) -> Tensor:
     """`[B, height, width, H, D]` as `[B * blocks, H, window * window, D]`."""
     batch, height, width, heads, channels = tensor.shape
     blocks = tensor.view(batch, height // window, window, width // window, window, heads, channels)
     return blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, window * window, channels)
 
 
-def _reverse(blocks: Tensor, window: int, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`_partition`."""
+def reverse(blocks: Tensor, window: int, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`partition`."""
     batch, height, width, heads, channels = shape
     grid = blocks.view(batch, height // window, width // window, heads, window, window, channels)
     return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)

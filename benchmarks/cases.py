@@ -1,15 +1,15 @@
-"""The shapes that are measured. A new one is one line in `CASES`."""
+"""The shapes that are measured. A new one is one line in `SHAPES` or `CORNERS`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "NAT_TINY", "Case", "Inputs", "Parameters", "make_inputs"]
+__all__ = ["CASES", "CORNERS", "NAT_TINY", "SHAPES", "Attend", "Case", "Inputs", "Parameters", "make_inputs"]
 
 T = TypeVar("T", int, bool)
 
@@ -54,6 +54,7 @@ class Case:
         spatial: Lengths of the axes.
         key_heads: Heads of keys and values; as many as `heads` when `None`.
         additional: Number of additional keys and values.
+        block: Side of Swin's blocks, where the kernel's doesn't divide the axes.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Case:
     key_heads: int | None = None
     bias: bool = False
     additional: int = 0
+    block: int | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -82,8 +84,11 @@ class Case:
 
     def as_blocks(self) -> Case:
         """The same tensors, attended to in adjacent blocks instead of one window per query."""
-        return replace(self, stride=self.kernel_size, dilation=1)
+        side = self.block or self.kernel_size
+        return replace(self, kernel_size=side, stride=side, dilation=1)
 
+
+Attend = Callable[[Case, Inputs], Tensor]
 
 # NAT-Tiny's four levels for images of 224 x 224 (arXiv 2204.07143, table 1).
 NAT_TINY = (
@@ -93,14 +98,23 @@ NAT_TINY = (
     Case("nat-tiny-4", (7, 7), 7, heads=16, bias=True),
 )
 
-# DiNAT-Tiny's dilated layers (arXiv 2209.15001), other ranks, then corners where a gather could win: little to compute
-# per byte, few tokens, channels that fill no vector, heads, windows, or additional keys enough for matrix products.
-CASES = (
+# The same in batches, DiNAT's dilated layers and its largest window (arXiv 2209.15001), HDiT's first level for images
+# of 256 x 256 (arXiv 2401.11605), and other ranks.
+SHAPES = (
     *NAT_TINY,
-    Case("nat-tiny-3-batch", (14, 14), 7, heads=8, batch=8, bias=True),
+    *(replace(case, name=f"{case.name}-batch", batch=8) for case in NAT_TINY),
     Case("dinat-tiny-1", (56, 56), 7, heads=2, dilation=8, bias=True),
     Case("dinat-tiny-2", (28, 28), 7, heads=4, dilation=4, bias=True),
     Case("dinat-tiny-3", (14, 14), 7, heads=8, dilation=2, bias=True),
+    Case("dinat-large-1", (96, 96), 11, heads=6, bias=True),
+    Case("hdit-1", (64, 64), 7, heads=2, head_dim=64, batch=2, bias=True, block=8),
+    Case("sequence-4096", (4096,), 255, heads=4, head_dim=64),
+    Case("video-28", (8, 28, 28), (3, 7, 7), heads=3),
+)
+
+# Where a gather could win: little to compute per byte, few tokens, channels that fill no vector, heads, windows, or
+# additional keys enough for matrix products.
+CORNERS = (
     Case("sequence", (2048,), 127),
     Case("sequence-causal", (2048,), 128, is_causal=True),
     Case("video", (8, 14, 14), (3, 7, 7)),
@@ -121,6 +135,8 @@ CASES = (
     Case("head-dim-1-window-1", (28, 28), 1, heads=16, head_dim=1),
     Case("small", (8, 8), 3, heads=1, head_dim=8),
 )
+
+CASES = (*SHAPES, *CORNERS)
 
 
 def make_inputs(

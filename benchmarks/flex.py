@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.cases import Case, Inputs
-from benchmarks.implementations import Attend
+from benchmarks.cases import Attend, Case, Inputs
 from natten2.window import group_length, key_bounds
 
-__all__ = ["Order", "prepare_flex", "tile_for"]
+__all__ = ["Order", "bias_entry", "prepare_flex", "tile_for", "visibility"]
 
 _BLOCK = 128
 _TILES = {2: (16, 8), 3: (2, 8, 8)}
@@ -74,26 +73,30 @@ def tile_for(spatial: Sequence[int]) -> tuple[int, ...] | None:
     return tile if fits else None
 
 
-def prepare_flex(case: Case, inputs: Inputs, tile: tuple[int, ...] | None = None) -> Attend:
+def prepare_flex(
+    case: Case, inputs: Inputs, tile: tuple[int, ...] | None = None, *, is_compiled: bool | None = None
+) -> Attend:
     """Builds the block mask, and returns the attention that uses it.
 
     With a tile, tokens are permuted so that each block of them is a box of the grid, which its windows then waste less
-    of; the permutation is part of what the result does.
+    of; the permutation is part of what the result does. It is compiled on a GPU, unless `is_compiled` says otherwise.
     """
     torch._dynamo.reset()
     order = Order(case.spatial, tile)
-    visible = _mask(case, order)
+    visible = visibility(case, order)
     mask = _block_mask(visible, prod(case.spatial), inputs.query.device)
+    is_compiled = inputs.query.is_cuda if is_compiled is None else is_compiled
+    # On a processor FlexAttention compiles slowly, without gradients, and only where the bias has the inputs' dtype.
+    is_forward_only = is_compiled and not inputs.query.is_cuda
     has_groups = case.key_heads is not None and case.key_heads != case.heads
 
     def blocks(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> Tensor:
         # Many scores share an entry of the bias, so its gradient is summed in float32.
-        add = None if rpb is None else _bias(case, order, rpb.float())
+        add = None if rpb is None else _bias(case, order, rpb if is_forward_only else rpb.float())
         scale = case.parameters.scale
         return flex_attention(query, key, value, add, block_mask=mask, scale=scale, enable_gqa=has_groups)
 
-    # On a processor FlexAttention compiles slowly and without gradients: enough to try this code.
-    run = torch.compile(blocks, fullgraph=True, dynamic=False) if inputs.query.is_cuda else blocks
+    run = torch.compile(blocks, fullgraph=True, dynamic=False) if is_compiled else blocks
 
     def attend(_: Case, inputs: Inputs) -> Tensor:
         tensors = map(order.arrange, (inputs.query, inputs.key, inputs.value))
@@ -110,7 +113,8 @@ def _unravel(index: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     return coordinates[::-1]
 
 
-def _mask(case: Case, order: Order) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def visibility(case: Case, order: Order) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a query sees a key, as a function of batch, head, query, and key."""
     kernel_size, stride, dilation, is_causal, _ = case.parameters
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -128,16 +132,16 @@ def _mask(case: Case, order: Order) -> Callable[[Tensor, Tensor, Tensor, Tensor]
     return visible
 
 
-def _bias(case: Case, order: Order, rpb: Tensor) -> Callable[..., Tensor]:
+def bias_entry(case: Case, order: Order, query: Tensor, key: Tensor) -> list[Tensor]:
+    """Where a query and a key look the bias up, along every axis; some entry for a key that the query can't see."""
     kernel_size, dilation = case.parameters.kernel_size, case.parameters.dilation
+    axes = zip(order.coordinates(query), order.coordinates(key), kernel_size, dilation, strict=True)
+    return [(k // gap - q // gap + window - 1).clamp(0, 2 * window - 2) for q, k, window, gap in axes]
 
+
+def _bias(case: Case, order: Order, rpb: Tensor) -> Callable[..., Tensor]:
     def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        entry = [head]
-        axes = zip(order.coordinates(query), order.coordinates(key), kernel_size, dilation, strict=True)
-        for q, k, window, gap in axes:
-            # Scores that the mask hides afterwards look an entry up too.
-            entry.append((k // gap - q // gap + window - 1).clamp(0, 2 * window - 2))
-        return score + rpb[tuple(entry)]
+        return score + rpb[(head, *bias_entry(case, order, query, key))]
 
     return add
 

@@ -18,7 +18,7 @@ class Rates:
     """What a device reaches on the two things that bound attention, measured in the same run.
 
     Attributes:
-        flops_per_second: Of a large matrix product in bfloat16.
+        flops_per_second: On a GPU of a large matrix product in bfloat16, on a processor of multiply-adds in float32.
         bytes_per_second: Of a large copy, bytes read and bytes written both counted.
     """
 

@@ -31,9 +31,10 @@ from benchmarks.gpu_device import Cuda, Device, NoGpu
 from benchmarks.gpu_implementations import GPU_IMPLEMENTATIONS, OURS
 from benchmarks.gpu_plot import plot
 from benchmarks.gpu_records import GpuRecord, format_gpu_records, read_records, record
-from benchmarks.gpu_timing import Budget, GpuSettings, reason, sample_rounds
+from benchmarks.gpu_timing import Budget, GpuSettings, sample_rounds
 from benchmarks.implementations import Attend
 from benchmarks.report import describe_machine, write_json
+from benchmarks.timing import reason
 
 __all__ = ["Run", "add_arguments", "main", "measure"]
 

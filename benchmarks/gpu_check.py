@@ -54,11 +54,11 @@ def expect(case: Case, inputs: Inputs, with_gradients: bool) -> Expected:
     return expect_samples(case, inputs, with_gradients, _QUERIES, _KEYS)
 
 
-def expect_everything(case: Case, inputs: Inputs, with_gradients: bool) -> Expected:
-    """Every number, by the gather reference."""
+def expect_everything(case: Case, inputs: Inputs, with_gradients: bool, dtype: torch.dtype = torch.float32) -> Expected:
+    """Every number, by the gather reference in `dtype`."""
     images = max(_GATHERED // _gathered_numbers(case), 1)
     parts = [
-        _reference(case, _images(inputs, start, start + images), with_gradients)
+        _reference(case, _images(inputs, start, start + images), with_gradients, dtype)
         for start in range(0, case.batch, images)
     ]
     columns = list(zip(*parts, strict=True))
@@ -105,18 +105,17 @@ def _gathered_numbers(case: Case) -> int:
 
 
 def _images(inputs: Inputs, start: int, stop: int) -> Inputs:
-    sliced = (
-        tensor if tensor is None or tensor is inputs.rpb else tensor.detach()[start:stop].float() for tensor in inputs
+    return Inputs(
+        *(tensor if tensor is None or tensor is inputs.rpb else tensor.detach()[start:stop] for tensor in inputs)
     )
-    return Inputs(*sliced)
 
 
-def _reference(case: Case, inputs: Inputs, with_gradients: bool) -> tuple[Tensor, ...]:
-    tensors = tuple(None if tensor is None else tensor.detach().float() for tensor in inputs.tensors)
+def _reference(case: Case, inputs: Inputs, with_gradients: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    *tensors, grad_output = (None if tensor is None else tensor.detach().to(dtype) for tensor in inputs)
     output, logsumexp = reference.na_forward(*tensors, *case.parameters)
     if not with_gradients:
         return (output,)
-    gradients = reference.na_backward(inputs.grad_output, None, *tensors, output, logsumexp, *case.parameters)
+    gradients = reference.na_backward(grad_output, None, *tensors, output, logsumexp, *case.parameters)
     present = (one for one, tensor in zip(gradients, tensors, strict=True) if tensor is not None)
     return output, *present
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.gpu_device import Device
+from benchmarks.timing import reason
 
-__all__ = ["Budget", "GpuSettings", "reason", "sample_rounds"]
+__all__ = ["Budget", "GpuSettings", "sample_rounds"]
 
 _FEWEST_ROUNDS = 10
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ class Budget:
     @property
     def is_spent(self) -> bool:
         return self._end is not None and self._clock() >= self._end
-
-
-def reason(error: BaseException) -> str:
-    """An error in one line, not a long one."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
 def sample_rounds(

@@ -11,7 +11,7 @@ from statistics import geometric_mean
 import torch
 
 import natten2
-from benchmarks.compare import Record
+from benchmarks.compare import ONE_THREAD, Record
 from benchmarks.implementations import IMPLEMENTATIONS, OURS
 from natten2._extension import cpu_capability
 
@@ -20,11 +20,13 @@ __all__ = ["describe_machine", "format_records", "format_table", "write_json"]
 
 def format_records(records: Sequence[Record]) -> str:
     """A table of all measurements, then for each rival the mean of its ratios and the one that is worst for natten2."""
-    rivals = [name for name in IMPLEMENTATIONS if name != OURS]
-    header = ["case", "dtype", "mode", f"{OURS} ms", "min ms", *(f"{name} / {OURS}" for name in rivals)]
+    names = (*IMPLEMENTATIONS, ONE_THREAD)
+    rivals = [name for name in names if any(name in record.ratio for record in records)]
+    header = ["case", "dtype", "mode", f"{OURS} ms", "min ms", "% of peak", *(f"{name} / {OURS}" for name in rivals)]
     table = format_table(header, [_row(record, rivals) for record in records])
     compared = {name: [record for record in records if name in record.ratio] for name in rivals}
-    return "\n".join([table, "", *(_conclusion(name, some) for name, some in compared.items() if some)])
+    missing = dict.fromkeys(line for record in records for line in _missing(record))
+    return "\n".join([table, "", *(_conclusion(name, some) for name, some in compared.items()), *missing])
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,9 +57,17 @@ def describe_machine() -> dict[str, str]:
 
 
 def _row(record: Record, rivals: Sequence[str]) -> list[str]:
-    times = [f"{milliseconds[OURS]:.3f}" for milliseconds in (record.median_ms, record.min_ms)]
+    times = [f"{milliseconds[OURS]:.3f}" if milliseconds else "-" for milliseconds in (record.median_ms, record.min_ms)]
+    share = f"{100 * record.share_of_peak[OURS]:.1f}" if record.share_of_peak else "-"
     ratios = [f"{record.ratio[name]:.2f}" if name in record.ratio else "-" for name in rivals]
-    return [record.case, record.dtype, record.mode, *times, *ratios]
+    return [record.case, record.dtype, record.mode, *times, share, *ratios]
+
+
+def _missing(record: Record) -> list[str]:
+    """What could not be measured, and why."""
+    label = f"{record.case} {record.dtype} {record.mode}"
+    skipped = [] if record.skipped is None else [f"skipped {label}: {record.skipped}"]
+    return skipped + [f"{name} failed on {label}: {why}" for name, why in record.failed.items()]
 
 
 def _conclusion(rival: str, records: Sequence[Record]) -> str:

@@ -10,9 +10,27 @@ from statistics import median
 
 import torch
 
-__all__ = ["Settings", "clock_for", "interleave", "ratio", "sample", "threads"]
+__all__ = [
+    "QUIET_SECONDS",
+    "Clock",
+    "Settings",
+    "clock_for",
+    "interleave",
+    "ratio",
+    "reason",
+    "region_seconds",
+    "sample",
+    "threads",
+]
 
 Clock = Callable[[], float]
+
+# A parallel region takes longer than this only where its threads wait for other programs.
+QUIET_SECONDS = 50e-6
+# Elements that torch gives to one thread at least.
+_GRAIN = 1 << 15
+_FEWEST_ROUNDS = 3
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -23,11 +41,13 @@ class Settings:
         rounds: Samples of each function.
         warmups: Calls of each function before the first round.
         min_seconds: Shortest sample: a function that is faster is called several times.
+        patience: Seconds of samples after which a function takes part in no more rounds, though in at least 3 of them.
     """
 
     rounds: int = 15
     warmups: int = 2
     min_seconds: float = 0.02
+    patience: float = 10.0
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -74,10 +94,24 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(settings.rounds):
         for name, function in functions.items():
-            samples[name].append(sample(function, settings.min_seconds, clock))
+            taken = samples[name]
+            if len(taken) < _FEWEST_ROUNDS or sum(taken) < settings.patience:
+                taken.append(sample(function, settings.min_seconds, clock))
     return samples
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over the rounds of `samples / baseline`, which is steadier than the ratio of the two medians."""
-    return median(one / other for one, other in zip(samples, baseline, strict=True))
+    """Median of `samples / baseline` over the rounds that both took part in, steadier than the ratio of the medians."""
+    return median(one / other for one, other in zip(samples, baseline, strict=False))
+
+
+def region_seconds(thread_count: int, calls: int = 200) -> float:
+    """Median wall seconds of a parallel region of torch's threads in which each fills a few pages."""
+    pages = torch.empty(thread_count * _GRAIN, dtype=torch.uint8)
+    return median(sample(lambda: pages.fill_(0), 0.0, time.perf_counter) for _ in range(calls))
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, not a long one."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.cases import NAT_TINY
 from benchmarks.compare import compare
 from benchmarks.cpu import QUICK
+from benchmarks.implementations import OURS
 from benchmarks.report import format_records
 from benchmarks.timing import threads
 from examples.digits_picture import draw
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     print(f"Accuracy on {len(predicted)} held-out scans: {accuracy:.1%}\n")
 
     print("The operator against other ways, on the levels of NAT-Tiny, one thread (rough: a few short samples):")
-    print(format_records(compare(NAT_TINY[-1:] if options.quick else NAT_TINY, ["float32"], ["fwd", "fwdbwd"], QUICK)))
+    levels = NAT_TINY[-1:] if options.quick else NAT_TINY
+    print(format_records(compare(levels, ["float32"], ["fwd", "fwdbwd"], QUICK, (OURS, "gather", "swin"))))
 
     draw(options.out, digits.test_scans, digits.test_labels, predicted, CONFIG.kernel_size)
     print(f"\nPicture of the predictions and of what a query sees: {options.out}\n{NEXT}")

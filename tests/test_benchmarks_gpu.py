@@ -28,8 +28,9 @@ from benchmarks.gpu_check import expect_everything, expect_samples
 from benchmarks.gpu_device import NO_GPU, NoGpu
 from benchmarks.gpu_implementations import GPU_IMPLEMENTATIONS, OURS, GpuImplementation
 from benchmarks.gpu_records import format_gpu_records, percentiles, read_records, record
-from benchmarks.gpu_timing import Budget, GpuSettings, reason, sample_rounds
+from benchmarks.gpu_timing import Budget, GpuSettings, sample_rounds
 from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.timing import reason
 
 H100 = Rates(flops_per_second=798e12, bytes_per_second=3.0e12)
 QUICK = GpuSettings(rounds=2, warmups=1, seconds=1.0, repeats=2)
