@@ -11,7 +11,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -127,16 +129,20 @@ class _Driver:
 
 
 def builds(cases: Sequence[BuildCase], targets: Sequence[str]) -> Iterator[Build]:
-    """Compiles the kernels of the forward and the backward pass, and reads what came out."""
-    for name in targets:
-        target = TARGETS[name]
-        use_target(target)
-        with patch("natten2.ops.triton.launch._is_nvidia", return_value=target.backend == "cuda"):
-            for case in cases:
-                _launch(case)
-                for kernel, compiled in _take_compiled():
-                    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
-                    yield Build(case.name, name, kernel, **read(compiled, target))
+    """Compiles the kernels of the forward and the backward pass, and reads what came out; on all processors."""
+    jobs = [(case, name) for name in targets for case in cases]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for found in pool.map(_compile, *zip(*jobs, strict=True)):
+            yield from found
+
+
+def _compile(case: BuildCase, name: str) -> list[Build]:
+    target = TARGETS[name]
+    use_target(target)
+    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+    with patch("natten2.ops.triton.launch._is_nvidia", return_value=target.backend == "cuda"):
+        _launch(case)
+    return [Build(case.name, name, kernel, **read(compiled, target)) for kernel, compiled in _take_compiled()]
 
 
 def use_target(target: Target) -> None:

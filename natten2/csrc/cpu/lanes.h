@@ -151,13 +151,6 @@ inline Lanes exponential(Lanes x) {
 // number, the standard library's.
 inline Lanes logarithm(Lanes x) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRootHalf = 0.707106781f;
-  bool is_normal = true;
-  for (int i = 0; i < kLanes; ++i) is_normal &= x[i] >= 1.17549435e-38f && x[i] <= 3.40282347e38f;
-  if (!is_normal) {
-    Lanes result;
-    for (int i = 0; i < kLanes; ++i) result[i] = std::log(x[i]);
-    return result;
-  }
   // x = mantissa * 2^exponent with a mantissa between the roots of 1/2 and 2.
   const LaneInts offset = (LaneInts)x - (LaneInts)splat(kRootHalf);
   const LaneInts exponent = offset >> 23;
@@ -172,7 +165,10 @@ inline Lanes logarithm(Lanes x) {
   polynomial = polynomial * rest - 2.4999993993e-1f;
   polynomial = polynomial * rest + 3.3333331174e-1f;
   const Lanes square = rest * rest;
-  return rest + (polynomial * rest * square + (count * kLn2Low - 0.5f * square)) + count * kLn2High;
+  Lanes result = rest + (polynomial * rest * square + (count * kLn2Low - 0.5f * square)) + count * kLn2High;
+  for (int i = 0; i < kLanes; ++i)
+    if (!(x[i] >= 1.17549435e-38f && x[i] <= 3.40282347e38f)) result[i] = std::log(x[i]);
+  return result;
 }
 
 // Interleaves runs of kRun lanes from the first or second half of each quarter vector, as one instruction does.
