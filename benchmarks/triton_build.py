@@ -70,8 +70,8 @@ class Target:
 # Shared memory: the CUDA C++ Programming Guide, compute capabilities; the CDNA 3 ISA, local data share.
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 166_912, "HMMA"),
-    "sm_90": Target("cuda", 90, 32, 232_448, "HG?MMA"),
-    "sm_100": Target("cuda", 100, 32, 232_448, "UTC[HQ]MMA"),
+    "sm_90": Target("cuda", 90, 32, 232_448, "HGMMA"),
+    "sm_100": Target("cuda", 100, 32, 232_448, "UTCHMMA"),
     "sm_120": Target("cuda", 120, 32, 101_376, "HMMA"),
     "gfx942": Target("hip", "gfx942", 64, 65_536, "v_mfma_\\w+"),
 }

@@ -43,6 +43,13 @@ def test_pairs_are_those_that_are_seen(problem: Problem):
     )
 
 
+def test_a_causal_window_counts_the_keys_that_are_there():
+    # Queries 0, 1, and 2 see 1, 2, and 3 keys, and all others 3; dilation makes two sequences of five.
+    assert Call(1, (10,), 1, 1, 4, 4, (3,), (1,), (1,), (True,)).window_pairs == 1 + 2 + 3 * 8
+    dilated = Call(1, (10, 7), 1, 1, 4, 4, (3, 4), (1, 1), (2, 1), (True, False))
+    assert dilated.window_pairs == 7 * 4 * 2 * (1 + 2 + 3 * 3)
+
+
 def span(tokens: range, axis: tuple, owns_keys: bool) -> int:
     """Positions from the first to the last partner of some tokens of one dilation group, by looking at every pair."""
     length, _, _, dilation, _ = axis

@@ -194,3 +194,49 @@ def test_merging_keeps_low_precision_outputs_and_ignores_empty_sets():
         merged, lse = natten2.merge_attentions(outputs, [torch.tensor([0.5]), torch.tensor([-torch.inf])])
         assert merged.dtype == torch.bfloat16
         assert (merged.item(), lse.item()) == (1.0, 0.5)
+
+
+MERGE_ERRORS = {
+    "nothing": ([], [], ValueError, "equally many, at least one, got 0 and 0"),
+    "too few lses": ([torch.ones(2, 3)] * 2, [torch.ones(2)], ValueError, "got 2 and 1"),
+    "outputs of other shapes": (
+        [torch.ones(2, 3), torch.ones(1, 3)],
+        [torch.ones(2)] * 2,
+        ValueError,
+        r"outputs\[1\] must have shape \(2, 3\), got \(1, 3\)",
+    ),
+    "lses of another shape": (
+        [torch.ones(2, 3)],
+        [torch.ones(2, 1)],
+        ValueError,
+        r"lses\[0\] must have shape \(2,\), got \(2, 1\)",
+    ),
+    "dtypes that differ": (
+        [torch.ones(2, 3), torch.ones(2, 3).half()],
+        [torch.ones(2)] * 2,
+        TypeError,
+        "outputs must share one floating-point dtype",
+    ),
+    "devices that differ": (
+        [torch.ones(2, 3), torch.ones(2, 3, device="meta")],
+        [torch.ones(2)] * 2,
+        ValueError,
+        "outputs must share one device, got cpu and meta",
+    ),
+    "integers": ([torch.ones(2, 3).int()], [torch.ones(2)], TypeError, "outputs must share one floating-point dtype"),
+    "numbers": ([torch.tensor(1.0)], [torch.tensor(1.0)], ValueError, r"outputs must have shape \[\.\.\., D\]"),
+    "no tensor": ([torch.ones(2, 3)], [1.0], TypeError, r"lses\[0\] must be a torch.Tensor, got float"),
+    "an output that is no tensor": (
+        [1.0],
+        [torch.ones(2)],
+        TypeError,
+        r"outputs\[0\] must be a torch.Tensor, got float",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MERGE_ERRORS)
+def test_bad_input_of_merge_attentions_raises(name: str):
+    outputs, lses, error, message = MERGE_ERRORS[name]
+    with pytest.raises(error, match=message):
+        natten2.merge_attentions(outputs, lses)

@@ -30,7 +30,6 @@ def states(output: str) -> dict[str, str]:
     return {row.split()[0]: row.split()[1] for row in rows}
 
 
-@pytest.mark.long
 def test_the_report_runs_through_and_resumes(tmp_path: Path):
     first = report("--no-gpu", str(tmp_path))
     assert first.returncode == 0, first.stdout + first.stderr

@@ -1,9 +1,8 @@
-"""The command line: the picture of a window, its errors, and the report."""
+"""The command line: the picture of a window, and its errors."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 import natten2
-from natten2 import _extension, _report
 from natten2.__main__ import main
 
 Capture = pytest.CaptureFixture[str]
@@ -25,7 +23,7 @@ def _terminal(monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def _output(capsys: Capture, arguments: str) -> str:
+def printed(capsys: Capture, arguments: str) -> str:
     main(arguments.split())
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -215,7 +213,7 @@ Axis 0 is cropped to 60-99 of 0-99, which leaves out some keys.
 
 @pytest.mark.parametrize("arguments", PICTURES)
 def test_picture(arguments: str, capsys: Capture) -> None:
-    assert _output(capsys, f"window {arguments}") == PICTURES[arguments]
+    assert printed(capsys, f"window {arguments}") == PICTURES[arguments]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,7 @@ def test_picture_shows_what_the_operator_reads(
     options = {"shape": shape, "kernel-size": kernel_size, "stride": stride, "dilation": dilation, "query": query}
     for name, values in {**options, "causal": map(int, is_causal)}.items():
         arguments += f" --{name} {' '.join(map(str, values))}"
-    output = _output(capsys, arguments)
+    output = printed(capsys, arguments)
     rows = re.findall(r"^ *\d+  ([·■○◆ ]+)$", output, re.MULTILINE)
     seen = torch.tensor([[symbol in "■◆" for symbol in row.split()] for row in rows])
     assert torch.equal(seen, value.grad[0, :, :, 0, 0] != 0)
@@ -265,7 +263,7 @@ def test_picture_shows_what_the_operator_reads(
 )
 def test_picture_fits_the_terminal(columns: int, arguments: str, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    output = _output(capsys, f"window {arguments}")
+    output = printed(capsys, f"window {arguments}")
     assert max(map(len, output.splitlines())) <= columns
     # The query is in a picture and in the legend, where symbols stay beside their meanings.
     assert output.count("◆") == 2
@@ -274,7 +272,7 @@ def test_picture_fits_the_terminal(columns: int, arguments: str, monkeypatch: Pa
 
 
 def test_picture_of_a_high_map_is_cropped(capsys: Capture) -> None:
-    output = _output(capsys, "window --shape 300 3 --kernel-size 3 --query 100 1")
+    output = printed(capsys, "window --shape 300 3 --kernel-size 3 --query 100 1")
     assert "Axis 0 is cropped to 85-116 of 0-299.\n" in output
     rows = re.findall(r"^ *(\d+)  ([·■◆ ]+)$", output, re.MULTILINE)
     assert [int(row) for row, _ in rows] == list(range(85, 117))
@@ -282,7 +280,7 @@ def test_picture_of_a_high_map_is_cropped(capsys: Capture) -> None:
 
 
 def test_window_of_an_enormous_axis_is_drawn(capsys: Capture) -> None:
-    output = _output(capsys, f"window --shape {2**40} --kernel-size {2**39}")
+    output = printed(capsys, f"window --shape {2**40} --kernel-size {2**39}")
     assert f"key[:, {2**38}:{2**38 + 2**39}]" in output
     assert len(output) < 5000
 
@@ -366,9 +364,9 @@ def test_image(arguments: str, tokens: dict[str, int], tmp_path: Path, capsys: C
     from matplotlib.image import imread
 
     path = tmp_path / "window.png"
-    output = _output(capsys, f"window {arguments} --out {path}")
+    output = printed(capsys, f"window {arguments} --out {path}")
     assert output.splitlines()[2:] == [f"written to {path}"]
-    assert output.splitlines()[:2] == _output(capsys, f"window {arguments}").splitlines()[:2]
+    assert output.splitlines()[:2] == printed(capsys, f"window {arguments}").splitlines()[:2]
     assert path.read_bytes().startswith(b"\x89PNG")
     pixels = (torch.from_numpy(imread(path))[..., :3] * 255).round()
     size = 0.24 * 150
@@ -381,7 +379,7 @@ def test_image(arguments: str, tokens: dict[str, int], tmp_path: Path, capsys: C
 
 def test_image_without_suffix_is_png(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
-    _output(capsys, f"window --shape 6 --kernel-size 3 --out {tmp_path / 'window'}")
+    printed(capsys, f"window --shape 6 --kernel-size 3 --out {tmp_path / 'window'}")
     assert (tmp_path / "window").read_bytes().startswith(b"\x89PNG")
 
 
@@ -403,85 +401,10 @@ def test_image_without_matplotlib(tmp_path: Path, monkeypatch: Patch, capsys: Ca
     error = _error(capsys, f"window --shape 6 --kernel-size 3 --out {tmp_path / 'window.png'}")
     assert error.endswith("images need matplotlib: pip install matplotlib\n")
     # The terminal does without.
-    assert "◆" in _output(capsys, "window --shape 6 --kernel-size 3")
+    assert "◆" in printed(capsys, "window --shape 6 --kernel-size 3")
 
 
-def _entries(output: str) -> dict[str, dict[str, str]]:
-    """The tables of the report by their headings."""
-    tables: dict[str, dict[str, str]] = {}
-    for paragraph in output.split("\n\n"):
-        heading, *lines = paragraph.splitlines()
-        tables[heading] = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines)
-    return tables
-
-
-def test_report(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.delenv("NATTEN2_CPU_CAPABILITY", raising=False)
-    tables = _entries(_output(capsys, ""))
-    facts = tables[f"natten2 {natten2.__version__}"]
-    assert facts["torch"] == torch.__version__
-    assert facts["Python"] == sys.version.split()[0]
-    assert facts["platform"] == platform.platform()
-    assert Path(facts["library"]) == _extension.library_path()
-    assert facts["CPU kernels"].endswith(f"; chosen: {_extension.cpu_capability()}")
-    assert facts["CPU kernels"].startswith(", ".join(_extension.cpu_capabilities()) + " can run here")
-    assert facts["threads"] == str(torch.get_num_threads())
-    dtypes = "float64, float32, bfloat16, float16"
-    for operator in ("na_forward", "na_backward"):
-        kernels = tables[f"Kernels of {operator}"]
-        assert list(kernels) == ["cpu", "cuda", "mps", "xpu"]
-        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"natten2::{operator}", "CUDA")
-        assert kernels["cuda"].startswith("no kernel: the operator raises NotImplementedError") is not has_cuda
-        assert kernels["cpu"] == f"C++ kernels ({_extension.cpu_capability()}): {dtypes}"
-        for device_type in ("mps", "xpu"):
-            if torch.get_device_module(device_type).device_count() == 0:
-                assert kernels[device_type] == f"plain PyTorch reference: {dtypes} (untried)"
-
-
-def test_report_says_what_the_operator_does_without_a_kernel(monkeypatch: Patch, capsys: Capture) -> None:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-
-    def without_backward(operator: str, key: str) -> bool:
-        return (operator, key) != ("natten2::na_backward", "CPU") and has_kernel(operator, key)
-
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", without_backward)
-    tables = _entries(_output(capsys, ""))
-    assert tables["Kernels of na_forward"]["cpu"].startswith("C++ kernels")
-    assert tables["Kernels of na_backward"]["cpu"] == "no kernel: the operator raises NotImplementedError"
-
-
-@pytest.mark.parametrize("name", ["na_forward", "na_backward"])
-def test_report_tries_dtypes(name: str, monkeypatch: Patch, capsys: Capture) -> None:
-    operator = getattr(_report, name)
-
-    class WithoutHalf:
-        namespace, name, _opname = operator.namespace, operator.name, operator._opname
-
-        def __call__(self, *arguments: object) -> object:
-            if arguments[0].dtype is torch.float16:
-                raise NotImplementedError
-            return operator(*arguments)
-
-    monkeypatch.setattr(_report, name, WithoutHalf())
-    tables = _entries(_output(capsys, ""))
-    assert tables[f"Kernels of {name}"]["cpu"].endswith(": float64, float32, bfloat16")
-
-
-def test_report_lists_gpus(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", ["First GPU", "Second GPU"].__getitem__)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (12, 1)].__getitem__)
-    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
-    facts = _entries(_output(capsys, ""))[f"natten2 {natten2.__version__}"]
-    assert facts["cuda:0"] == "First GPU, compute capability 9.0"
-    assert facts["cuda:1"] == "Second GPU, compute capability 12.1"
-    assert "GPUs" not in facts
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert _entries(_output(capsys, ""))[f"natten2 {natten2.__version__}"]["GPUs"] == "none"
-
-
-def _run(*arguments: str, **environment: str) -> str:
+def printed_by_a_process(*arguments: str, **environment: str) -> str:
     """What a process of its own prints."""
     command = [sys.executable, "-m", "natten2", *arguments]
     environment = {**os.environ, "COLUMNS": "80", **environment}
@@ -490,17 +413,10 @@ def _run(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_report_of_a_chosen_instruction_set() -> None:
-    tables = _entries(_run(NATTEN2_CPU_CAPABILITY="baseline"))
-    facts = tables[f"natten2 {natten2.__version__}"]
-    assert facts["CPU kernels"].endswith("; chosen: baseline, as NATTEN2_CPU_CAPABILITY asks")
-    assert tables["Kernels of na_forward"]["cpu"].startswith("C++ kernels (baseline): ")
-
-
 def test_picture_falls_back_to_ascii() -> None:
     arguments = "window --shape 5 7 --kernel-size 2 --dilation 2"
     assert (
-        _run(*arguments.split(), PYTHONIOENCODING="ascii")
+        printed_by_a_process(*arguments.split(), PYTHONIOENCODING="ascii")
         == """\
 shape 5 x 7, kernel_size 2, stride 1, dilation 2
 query (2, 3) sees 2 x 2 = 4 keys: key[:, 0:3:2, 1:4:2]

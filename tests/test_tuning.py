@@ -17,6 +17,7 @@ from natten2.ops.triton.tiles import candidate_tilings, choose_tiling
 
 WINDOW = ((3, 3), (1, 1), (False, False))
 QUERY = torch.empty(1, 4, 4, 1, 4)
+INPUTS = (QUERY, QUERY, QUERY, None, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list:
     return calls
 
 
-def choose() -> object:
-    return tuning.tuned("forward", QUERY, QUERY, WINDOW, lambda tiling: tiling)
+def choose(name: str = "forward", inputs: tuple = INPUTS, precision: str = "ieee") -> object:
+    return tuning.tuned(name, inputs, WINDOW, precision, lambda tiling: tiling)
 
 
 def test_the_fastest_is_taken_and_kept(tried: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -57,6 +58,21 @@ def test_the_fastest_is_taken_and_kept(tried: list, monkeypatch: pytest.MonkeyPa
     assert choose() == fastest
     assert len(tried) == len(candidates)
     assert len(json.loads((tmp_path / "tilings.json").read_text())) == 1
+
+
+def test_what_is_compiled_apart_is_tried_apart(tried: list):
+    rpb = torch.empty(1, 5, 5)
+    counts = []
+    for arguments in (
+        ("forward",),
+        ("backward",),
+        ("forward", (*INPUTS[:3], rpb, None, None)),
+        ("forward", INPUTS, "tf32"),
+    ):
+        choose(*arguments)
+        choose(*arguments)
+        counts.append(len(tried))
+    assert counts == sorted(set(counts))
 
 
 def test_every_candidate_computes_the_same(monkeypatch: pytest.MonkeyPatch):

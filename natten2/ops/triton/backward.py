@@ -28,6 +28,7 @@ from natten2.ops.triton.geometry import (
     cover,
     digits,
     divide_steps,
+    find_partners,
     find_tile,
     is_empty,
     load_additional,
@@ -37,7 +38,6 @@ from natten2.ops.triton.geometry import (
     locate,
     offsets,
     own,
-    step_tokens,
     store_rows,
     store_tokens,
     transparent,
@@ -130,9 +130,9 @@ def _gather_query(owned, inputs, upstream, grad_query, sizes, scale, IS_CLEAN: t
         for step in range(inner, end):
             result = _visit_keys(step, boxes, owned, rows, inputs, group, scale, result, "any", True, PLAN)
         for step in range(inner, end):
-            partners, exists = step_tokens(step, boxes, tile, "any", PLAN)
+            partners, exists, visible = find_partners(step, boxes, owned, "any", PLAN)
             k = load_tokens(inputs.key, tile, batch, head // group, partners, exists, "head_dim", PLAN)
-            result = add_nan(result, visibility(owned, partners), k)
+            result = add_nan(result, visible, k)
     if inputs.additional_keys is not None:
         for first in range(0, additional if tl.program_id(1) == 0 else 0, PLAN.block_n):
             result = _visit_additional_keys(first, additional, owned, rows, inputs, group, scale, result, PLAN)
@@ -209,9 +209,9 @@ def _gather_key_value(
         # Where a query isn't finite, its delta isn't either, and `dS` says so to those who see it.
         for i in range(3 * group * (end - inner)):
             step, head = inner + i // 3 % (end - inner), owned.head * group + i // 3 // (end - inner)
-            partners, exists = step_tokens(step, boxes, tile, "any", PLAN)
+            partners, exists, visible = find_partners(step, boxes, owned, "any", PLAN)
             grad = load_tokens(upstream.grad_output, tile, batch, head, partners, exists, "value_dim", PLAN)
-            grad_v = add_infinite(grad_v, visibility(owned, partners), grad, (i % 3 - 1) * float("inf"))
+            grad_v = add_infinite(grad_v, visible, grad, (i % 3 - 1) * float("inf"))
     batch += tl.program_id(1) * transparent(sizes[0])
     store_tokens(grad_key, owned, batch, grad_k * scale, "head_dim", PLAN)
     store_tokens(grad_value, owned, batch, grad_v, "value_dim", PLAN)
@@ -242,11 +242,7 @@ def _visit_keys(
     PLAN: tl.constexpr,
 ):
     tile, batch, key_head = owned.tile, owned.batch, owned.head // group
-    partners, exists = step_tokens(step, boxes, tile, KIND, PLAN)
-    if KIND == "inner":
-        visible, exists = None, None
-    else:
-        visible = visibility(owned, partners)
+    partners, exists, visible = find_partners(step, boxes, owned, KIND, PLAN)
     k = load_tokens(inputs.key, tile, batch, key_head, partners, exists, "head_dim", PLAN)
     v = load_tokens(inputs.value, tile, batch, key_head, partners, exists, "value_dim", PLAN)
     ds = _grad_scores_of_queries(owned, partners, rows, k, v, inputs.rpb, visible, scale, PLAN)
@@ -291,11 +287,7 @@ def _visit_queries(
     PLAN: tl.constexpr,
 ):
     head = owned.head * group + member
-    partners, exists = step_tokens(step, boxes, owned.tile, KIND, PLAN)
-    if KIND == "inner":
-        visible, exists = None, None
-    else:
-        visible = visibility(owned, partners)
+    partners, exists, visible = find_partners(step, boxes, owned, KIND, PLAN)
     q, grad, lse, delta = _load_queries(inputs, upstream, owned.tile, owned.batch, head, partners, exists, PLAN)
     scores = pair_scores(owned, partners, k, q, inputs.rpb, head, visible, scale, PLAN)
     weights, ds = grad_scores(scores, lse[None, :], product(v, grad, PLAN), delta[None, :], visible)

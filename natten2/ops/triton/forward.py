@@ -7,6 +7,7 @@ from natten2.ops.triton.arithmetic import LN_2, accumulate, add_infinite, has_na
 from natten2.ops.triton.geometry import (
     cover,
     divide_steps,
+    find_partners,
     find_tile,
     is_empty,
     load_additional,
@@ -14,10 +15,8 @@ from natten2.ops.triton.geometry import (
     locate,
     offsets,
     own,
-    step_tokens,
     store_tokens,
     transparent,
-    visibility,
 )
 
 
@@ -77,9 +76,9 @@ def _attend(owned, inputs, output, logsumexp, sizes, scale, IS_CLEAN: tl.constex
     result = tl.where(total[:, None] == 0, 0.0, result / total[:, None])
     if IS_CLEAN:
         for i in range(3 * (end - inner)):
-            partners, exists = step_tokens(inner + i // 3, boxes, tile, "any", PLAN)
+            partners, exists, visible = find_partners(inner + i // 3, boxes, owned, "any", PLAN)
             v = load_tokens(inputs.value, tile, batch, head // group, partners, exists, "value_dim", PLAN)
-            result = add_infinite(result, visibility(owned, partners), v, (i % 3 - 1) * float("inf"))
+            result = add_infinite(result, visible, v, (i % 3 - 1) * float("inf"))
 
     batch += tl.program_id(1) * transparent(sizes[0])
     store_tokens(output, owned, batch, result, "value_dim", PLAN)
@@ -105,11 +104,7 @@ def _visit(
     PLAN: tl.constexpr,
 ):
     tile, batch, key_head = owned.tile, owned.batch, owned.head // group
-    partners, exists = step_tokens(step, boxes, tile, KIND, PLAN)
-    if KIND == "inner":
-        visible, exists = None, None
-    else:
-        visible = visibility(owned, partners)
+    partners, exists, visible = find_partners(step, boxes, owned, KIND, PLAN)
     k = load_tokens(inputs.key, tile, batch, key_head, partners, exists, "head_dim", PLAN)
     scores = pair_scores(owned, partners, q, k, inputs.rpb, owned.head, visible, scale, PLAN)
     scores = hide(scores, visible, float("-inf"))

@@ -355,6 +355,17 @@ def visibility(owned, positions):
 
 
 @triton.jit
+def find_partners(step, boxes, owned, KIND: tl.constexpr, PLAN: tl.constexpr):
+    """The positions of a step's partners, whether they exist, and `visibility`; for "inner", `None` says all are."""
+    positions, exists = step_tokens(step, boxes, owned.tile, KIND, PLAN)
+    if KIND == "inner":
+        visible, exists = None, None
+    else:
+        visible = visibility(owned, positions)
+    return positions, exists, visible
+
+
+@triton.jit
 def locate(operand, batch, head, ALIGN: tl.constexpr):
     """A pointer to a head of the first token."""
     offset = batch.to(tl.int64) * transparent(operand.batch_stride)

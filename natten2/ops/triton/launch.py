@@ -74,7 +74,7 @@ def na_forward(
     def run(tiling: Tiling) -> tuple[Tensor, Tensor]:
         return _forward(_Call(tiling, inputs, (output_shape,), window, dilation), scale)
 
-    return run(tuned("forward", query, value, window, run))
+    return run(tuned("forward", inputs, window, _precision(query, window[0]), run))
 
 
 def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def na_backward(
         call = _Call(tiling, inputs, shapes, window, dilation, outputs=(grad_output, output))
         return _backward(call, grad_output, grad_logsumexp, output, logsumexp, scale)
 
-    return run(tuned("backward", query, value, window, run))
+    return run(tuned("backward", inputs, window, _precision(query, window[0]), run))
 
 
 def _backward(
@@ -290,7 +290,7 @@ class _Call:
             head_dim=_channels(query.shape[-1]),
             value_dim=_channels(value.shape[-1]),
             align=_alignment([strides for _, strides in layouts]),
-            index=_index_dtype(layouts),
+            index=_index_dtype(layouts if rpb is None else [*layouts, (rpb.shape, rpb.stride())]),
             precision=_precision(query, window[0]),
             tile=self.tiling.tile,
             box=self.tiling.box,
@@ -340,7 +340,7 @@ def _alignment(strides: Sequence[Sequence[int]]) -> int:
 
 
 def _index_dtype(layouts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tl.dtype:
-    """64 bits where one entry of a batch reaches further than 32 bits count."""
+    """64 bits where one entry of a batch, or one head of a bias, reaches further than 32 bits count."""
     reach = max(
         sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
         for shape, strides in layouts

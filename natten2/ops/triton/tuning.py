@@ -27,38 +27,30 @@ _chosen: dict[str, Tiling] = {}
 
 def tuned(
     name: str,
-    query: Tensor,
-    value: Tensor,
+    inputs: Sequence[Tensor | None],
     window: tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]],
+    precision: str,
     run: Callable[[Tiling], object],
 ) -> Tiling:
     """The tiling to take.
 
     Args:
         name: The pass, `"forward"` or `"backward"`.
-        query: Any query of the call.
-        value: Any value of the call.
+        inputs: The operator's tensors.
         window: `kernel_size`, `stride`, and `is_causal`.
+        precision: Of products.
         run: Launches the kernels of the call with a tiling.
 
     Raises:
         ValueError: `NATTEN2_AUTOTUNE` is neither 0 nor 1, or the file of choices can't be read.
     """
+    query, _, value, rpb, additional_keys, _ = inputs
     row_bytes = max(query.shape[-1], value.shape[-1]) * query.element_size()
     default = choose_tiling(*window, row_bytes, is_backward=name == "backward")
     if not _is_wanted():
         return default
-    key = json.dumps(
-        [
-            name,
-            _device_name(query.device),
-            triton.__version__,
-            str(query.dtype),
-            query.shape[-1],
-            value.shape[-1],
-            window,
-        ]
-    )
+    kinds = (str(query.dtype), query.shape[-1], value.shape[-1], rpb is not None, additional_keys is not None)
+    key = json.dumps([name, _device_name(query.device), triton.__version__, *kinds, precision, window])
     if not _chosen:
         _chosen.update(_read())
     if key not in _chosen:
