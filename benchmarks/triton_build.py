@@ -188,7 +188,9 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
             for option in ("-res-usage", "-sass")
         )
     instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
-    matrix, spill = (re.compile(rf"\b({name})\b") for name in (target.matrix_instruction, "LDL|STL"))
+    # Small tiles take the plainer HMMA on every GPU.
+    names = (target.matrix_instruction, f"HMMA|{target.matrix_instruction}", "LDL|STL")
+    matrix, product, spill = (re.compile(rf"\b({name})\b") for name in names)
     loops = [
         [text for address, text in instructions if first <= address <= last] for first, last in _innermost(instructions)
     ]
@@ -197,7 +199,7 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
         "shared_memory": compiled.metadata.shared,
         "matrix_instructions": _count(matrix, (text for _, text in instructions)),
         "spills": _count(spill, (text for _, text in instructions)),
-        "loop_spills": sum(_count(spill, loop) for loop in loops if _count(matrix, loop)),
+        "loop_spills": sum(_count(spill, loop) for loop in loops if _count(product, loop)),
     }
 
 
