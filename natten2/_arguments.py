@@ -32,6 +32,8 @@ def check_tensor(name: str, tensor: object, *, optional: bool = False) -> None:
 
 def integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One integer per axis; the operator checks their values."""
+    if type(value) is int and -_MAX_INT <= value <= _MAX_INT:
+        return (value,) * rank
     values = _per_axis(value, rank)
     if len(values) != rank:
         raise ValueError(f"{name} must be one integer or {rank} of them, got {value}")
@@ -45,6 +47,8 @@ def integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...
 
 def flags(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
     """One bool per axis."""
+    if type(value) is bool:
+        return (value,) * rank
     values = _per_axis(value, rank)
     if len(values) != rank:
         raise ValueError(f"{name} must be one bool or {rank} of them, got {value}")

@@ -1,7 +1,10 @@
 // The CPU kernels under the operators' names: unpacks tensors, and runs the passes in parallel.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -9,6 +12,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -26,8 +31,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-// natten2/ops/validation.py has said what is wrong before a call gets here; this keeps a program without Python from
-// reading out of bounds. PyTorch turns the exception into a ValueError.
+// Every check that natten2/ops/validation.py makes, which finds better words for what is refused here. PyTorch turns
+// the exception into a ValueError.
 void require(bool condition, const char* name, const char* rule) {
   if (!condition) throw std::invalid_argument("natten2: " + std::string(name) + " " + rule);
 }
@@ -66,15 +71,21 @@ void require_channels(const Tensor& tensor, const char* name) {
 // Expanded tensors can be larger than memory, and sizes computed from them must not overflow.
 constexpr int64_t kMostAdditional = int64_t{1} << 32;
 
-Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
-  try {
-    return torch::stable::new_empty(like, shape, type);
-  } catch (const std::exception&) {
+// A contiguous tensor on the CPU. torch::stable::new_empty goes through the dispatcher, which takes longer than all
+// else here.
+Tensor allocate(const Shape& shape, ScalarType type) {
+  Shape strides(shape.size(), 1);
+  for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * std::max<int64_t>(1, shape[axis]);
+  AtenTensorHandle handle = nullptr;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                               aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
     // The stable interface keeps the reason to itself.
     std::string sizes;
     for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
     throw std::runtime_error("natten2: can't allocate memory for a tensor of shape [" + sizes + "]");
   }
+  return Tensor(handle);
 }
 
 // [batch, *axes, head, ...] with one to three axes.
@@ -128,6 +139,9 @@ Problem make_problem(const Inputs& inputs, const Parameters& parameters) {
   problem.value_dim = inputs.value.size(rank + 2);
   problem.additional = inputs.additional_keys ? inputs.additional_keys->size(1) : 0;
   problem.scale = parameters.scale;
+  const double largest = query.scalar_type() == ScalarType::Double ? std::numeric_limits<double>::max()
+                                                                   : std::numeric_limits<float>::max();
+  require(std::abs(parameters.scale) <= largest, "scale", "must be finite");
   require(problem.heads > 0 && problem.head_dim > 0, "query", "must have heads and channels");
   require(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, "key",
           "must have a divisor of query's heads");
@@ -182,7 +196,9 @@ void require_inputs(const Inputs& inputs, const Problem& problem, int rank) {
 // The bias as the kernels read it, alive as long as they do.
 std::optional<Tensor> bias_table(const Inputs& inputs) {
   if (!inputs.rpb) return std::nullopt;
-  return torch::stable::contiguous(torch::stable::to(*inputs.rpb, accumulate_type(inputs.query.scalar_type())));
+  const ScalarType type = accumulate_type(inputs.query.scalar_type());
+  if (inputs.rpb->scalar_type() == type && inputs.rpb->is_contiguous()) return inputs.rpb;
+  return torch::stable::contiguous(torch::stable::to(*inputs.rpb, type));
 }
 
 Forward make_forward(const Inputs& inputs, const Problem& problem, int rank, const std::optional<Tensor>& bias,
@@ -271,8 +287,8 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   rows.pop_back();
   Shape channels(rows);
   channels.push_back(problem.value_dim);
-  Tensor output = allocate(query, channels, query.scalar_type());
-  Tensor logsumexp = allocate(query, rows, accumulate_type(query.scalar_type()));
+  Tensor output = allocate(channels, query.scalar_type());
+  Tensor logsumexp = allocate(rows, accumulate_type(query.scalar_type()));
   if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
   run(kernels(dtype, problem).forward,
@@ -280,15 +296,33 @@ std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, st
   return {output, logsumexp};
 }
 
-Tensor sum_parts(const Tensor& parts, const Tensor& rpb) {
-  const int64_t heads = parts.size(0), count = parts.size(1), offsets = parts.size(2);
-  Tensor total = torch::stable::new_zeros(rpb, shape(rpb), ScalarType::Double);
-  double* sum = static_cast<double*>(total.mutable_data_ptr());
-  const double* part = static_cast<const double*>(parts.const_data_ptr());
-  for (int64_t head = 0; head < heads; ++head)
+// Sums the parts [heads, parts, offsets] of the bias's gradient.
+template <class Number>
+void sum_parts(const std::vector<double>& parts, int64_t heads, int64_t offsets, void* out) {
+  if (offsets == 0) return;
+  const int64_t count = static_cast<int64_t>(parts.size()) / heads / offsets;
+  std::vector<double> sum(static_cast<size_t>(offsets));
+  auto part = parts.begin();
+  for (int64_t head = 0; head < heads; ++head) {
+    std::fill(sum.begin(), sum.end(), 0.0);
     for (int64_t p = 0; p < count; ++p)
-      for (int64_t i = 0; i < offsets; ++i) sum[head * offsets + i] += *part++;
-  return torch::stable::to(total, rpb.scalar_type());
+      for (double& entry : sum) entry += *part++;
+    for (int64_t i = 0; i < offsets; ++i) static_cast<Number*>(out)[head * offsets + i] = static_cast<Number>(sum[i]);
+  }
+}
+
+void sum_parts(const std::vector<double>& parts, int64_t heads, int64_t offsets, const Tensor& out) {
+  void* data = out.mutable_data_ptr();
+  switch (to_dtype(out.scalar_type())) {
+    case Dtype::kFloat:
+      return sum_parts<float>(parts, heads, offsets, data);
+    case Dtype::kDouble:
+      return sum_parts<double>(parts, heads, offsets, data);
+    case Dtype::kBFloat16:
+      return sum_parts<torch::headeronly::BFloat16>(parts, heads, offsets, data);
+    case Dtype::kHalf:
+      return sum_parts<torch::headeronly::Half>(parts, heads, offsets, data);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
@@ -316,20 +350,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   if (problem.value_dim != 1 && grad_output.stride(rank + 2) != 1) grad_output = torch::stable::contiguous(grad_output);
 
   const auto like = [&](const std::optional<Tensor>& tensor) {
-    return allocate(query, tensor ? shape(*tensor) : Shape{0}, type);
+    return allocate(tensor ? shape(*tensor) : Shape{0}, tensor ? tensor->scalar_type() : type);
   };
-  Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
+  Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value), grad_rpb = like(rpb);
   Tensor grad_additional_keys = like(additional_keys), grad_additional_values = like(additional_values);
-  if (problem.batch == 0) {
-    Tensor grad_rpb = rpb ? torch::stable::new_zeros(*rpb, shape(*rpb)) : like(rpb);
-    return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
-  }
-  Tensor delta = allocate(query, rows, accumulate);
-  int64_t offsets = 0;
-  if (rpb) offsets = rpb->numel() / problem.heads;
+  Tensor delta = allocate(rows, accumulate);
   const Kernels chosen = kernels(dtype, problem);
-  const int64_t parts = chosen.parts(problem);
-  Tensor grad_rpb_parts = torch::stable::new_zeros(query, {problem.heads, parts, offsets}, ScalarType::Double);
+  const int64_t offsets = rpb ? rpb->numel() / problem.heads : 0;
+  const int64_t parts = problem.batch > 0 ? chosen.parts(problem) : 0;
+  std::vector<double> grad_rpb_parts(static_cast<size_t>(problem.heads * parts * offsets));
 
   const std::optional<Tensor> bias = bias_table(inputs);
   const Backward args = {
@@ -342,10 +371,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
       additional_keys ? output_view(grad_additional_keys, 1) : View{},
       additional_values ? output_view(grad_additional_values, 1) : View{},
       output_view(delta, rank),
-      rpb ? static_cast<double*>(grad_rpb_parts.mutable_data_ptr()) : nullptr,
+      rpb ? grad_rpb_parts.data() : nullptr,
       parts};
-  for (int i = 0; i < chosen.passes; ++i) run(chosen.backward[i], args);
-  Tensor grad_rpb = rpb ? sum_parts(grad_rpb_parts, *rpb) : like(rpb);
+  if (problem.batch > 0)
+    for (int i = 0; i < chosen.passes; ++i) run(chosen.backward[i], args);
+  sum_parts(grad_rpb_parts, problem.heads, offsets, grad_rpb);
   return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
 }
 

@@ -8,10 +8,12 @@ touches private names of torch's autograd.
 from __future__ import annotations
 
 import torch
-from torch import _C, Tensor
+from torch import _C
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+
+from natten2.ops.validation import call_backend
 
 __all__ = ["register_differentiable"]
 
@@ -38,7 +40,7 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
         if not _needs_node(args):
-            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            return call_backend(op, keyset & _C._after_autograd_keyset, *args)
         with enable_single_level_autograd_function():
             return node.apply(*args)
 
@@ -48,4 +50,4 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
 def _needs_node(args: tuple[object, ...]) -> bool:
     if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return _C.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    return _C.is_grad_enabled() and _C._any_requires_grad(*args)
