@@ -11,7 +11,7 @@ demo: .venv/natten2
 	$(BIN)/python -m examples.digits
 
 test: .venv/natten2
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n auto --dist worksteal
 
 test-long: .venv/natten2
 	$(BIN)/python -m pytest
