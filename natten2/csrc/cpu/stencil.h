@@ -35,9 +35,17 @@ inline void load_by_channel(const Storage* base, const int64_t* offsets, int64_t
 // Writes tokens as rows of whole vectors.
 template <class Storage>
 inline void load_by_token(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels, float* out) {
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t channel = 0; channel < channels; channel += kLanes, out += kLanes)
-      store_lanes(widen_some(base + offsets[t] + channel, channels - channel), out);
+  for (int64_t t = 0; t < count; ++t) {
+    const Storage* token = base + offsets[t];
+    int64_t channel = 0;
+    for (; channel + 2 * kLanes <= channels; channel += 2 * kLanes, out += 2 * kLanes) {
+      const Lanes first = widen_lanes(token + channel), second = widen_lanes(token + channel + kLanes);
+      store_lanes(first, out);
+      store_lanes(second, out + kLanes);
+    }
+    for (; channel < channels; channel += kLanes, out += kLanes)
+      store_lanes(widen_some(token + channel, channels - channel), out);
+  }
 }
 
 // Asks for tokens that are wanted soon.

@@ -46,7 +46,6 @@ class StencilBackward {
         grad_outputs_by_channel_(arena.take<float>(kRows * problem_.value_dim * kLanes)),
         weights_(arena.take<float>(kRows * sizes_.window_scores)),
         grad_scores_(arena.take<float>(kRows * sizes_.window_scores)),
-        grad_queries_(arena.take<float>(2 * kRows * key_channels_)),
         unowned_(arena.take<float>(cut.most_keys * larger(key_channels_, value_channels_))),
         grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
         grad_bias_(arena.take<float>(grad_bias_size_)) {}
@@ -252,8 +251,6 @@ class StencilBackward {
     Storage* rows[kRows] = {};
     for (int r = 0; r < tile.count; ++r)
       if (owns(tile, r)) rows[r] = row_of<Storage>(args_.grad_query, tile, r);
-    SumRows sums = {{}, key_channels_};
-    for (int r = 0; r < kRows; ++r) sums.rows[r] = grad_queries_ + 2 * r * key_channels_;
     const float scale = static_cast<float>(problem_.scale);
     ColumnPair pairs[kLanes];
     const int64_t count = walk_.pair_queries(block, pairs);
@@ -265,21 +262,16 @@ class StencilBackward {
                      tokens.first[c] = starts[column[c]];
                      weights[c] = grad_scores_ + column[c];
                    }
-                   sum_sources<false, columns(), width()>(
+                   Sums<columns(), width()> sums = {};
+                   add_sources<columns(), width()>(
                        sources_, walk_.key_row_count, vector * kLanes, tokens,
                        [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
-                   for (int c = 0; c < columns(); ++c) {
-                     if (!owned[column[c]]) continue;
-                     for (int r = 0; r < tile.count; ++r) {
-                       if (!rows[r]) continue;
-                       for (int i = 0; i < width(); ++i) {
-                         const int64_t channel = (vector + i) * kLanes;
-                         narrow_some(scale * load_lanes(sums.rows[r] + c * sums.column + channel),
-                                     rows[r] + grad_query_offsets_[block.first + column[c]] + channel,
-                                     problem_.head_dim - channel);
-                       }
-                     }
-                   }
+                   for_each_of<columns(), width()>(sums, [&](Lanes sum, int c, int r, int i) {
+                     if (!rows[r] || !owned[column[c]]) return;
+                     const int64_t channel = (vector + i) * kLanes;
+                     narrow_some(scale * sum, rows[r] + grad_query_offsets_[block.first + column[c]] + channel,
+                                 problem_.head_dim - channel);
+                   });
                  });
   }
 
@@ -324,10 +316,10 @@ class StencilBackward {
       queries[sources] = grad_outputs[sources] = source;
       grad_outputs[sources++].tokens = grad_outputs_ + r * kLanes * value_channels_;
     }
-    SumRows grad_keys = {{}, key_channels_}, grad_values = {{}, value_channels_};
-    for (int u = 0; u < kRows; ++u) {
-      grad_keys.rows[u] = u < count ? rows[u].grad_keys : nullptr;
-      grad_values.rows[u] = u < count ? rows[u].grad_values : nullptr;
+    float *grad_keys[kRows] = {}, *grad_values[kRows] = {};
+    for (int u = 0; u < count; ++u) {
+      grad_keys[u] = rows[u].grad_keys;
+      grad_values[u] = rows[u].grad_values;
     }
     sum_into(queries, sources, sizes_.key_vectors, grad_scores_, grad_keys);
     sum_into(grad_outputs, sources, sizes_.value_vectors, weights_, grad_values);
@@ -335,27 +327,32 @@ class StencilBackward {
 
   // Adds weighted tokens of a block to the sums of the key columns that they see.
   void sum_into(const Source* sources, int64_t count, int64_t vectors, const float* weights,
-                const SumRows& rows) const {
+                float* const (&rows)[kRows]) const {
     const int64_t channels = vectors * kLanes;
-    for_each_sum(key_pairs_, key_pair_count_, vectors,
-                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
-                   const int64_t first = seen_keys_.begin + column[0];
-                   Tokens<columns()> tokens = {{}, seen_end_[first] - seen_begin_[first], channels};
-                   const float* first_weights[columns()];
-                   const int32_t* offsets[columns()];
-                   for (int c = 0; c < columns(); ++c) {
-                     const int64_t key = seen_keys_.begin + column[c];
-                     tokens.first[c] = seen_begin_[key];
-                     first_weights[c] = weights + key * kLanes;
-                     offsets[c] = weight_offsets_ + seen_begin_[key];
-                   }
-                   SumRows sums = {{}, (column[columns() - 1] - column[0]) * channels};
-                   for (int r = 0; r < kRows; ++r)
-                     sums.rows[r] = rows.rows[r] ? rows.rows[r] + first * channels : unowned_;
-                   sum_sources<true, columns(), width()>(
-                       sources, count, vector * kLanes, tokens,
-                       [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
-                 });
+    for_each_sum(
+        key_pairs_, key_pair_count_, vectors, [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+          const int64_t first = seen_keys_.begin + column[0];
+          Tokens<columns()> tokens = {{}, seen_end_[first] - seen_begin_[first], channels};
+          const float* first_weights[columns()];
+          const int32_t* offsets[columns()];
+          for (int c = 0; c < columns(); ++c) {
+            const int64_t key = seen_keys_.begin + column[c];
+            tokens.first[c] = seen_begin_[key];
+            first_weights[c] = weights + key * kLanes;
+            offsets[c] = weight_offsets_ + seen_begin_[key];
+          }
+          const int64_t next = (column[columns() - 1] - column[0]) * channels;
+          float* out[kRows];
+          for (int r = 0; r < kRows; ++r) out[r] = (rows[r] ? rows[r] + first * channels : unowned_) + vector * kLanes;
+          Sums<columns(), width()> sums;
+          for_each_of<columns(), width()>(
+              sums, [&](Lanes& sum, int c, int r, int i) { sum = load_lanes(out[r] + c * next + i * kLanes); });
+          add_sources<columns(), width()>(
+              sources, count, vector * kLanes, tokens,
+              [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
+          for_each_of<columns(), width()>(
+              sums, [&](Lanes sum, int c, int r, int i) { store_lanes(sum, out[r] + c * next + i * kLanes); });
+        });
   }
 
   // Writes the gradients of a key row that no query sees any more.
@@ -416,7 +413,6 @@ class StencilBackward {
   float *grad_keys_, *grad_values_;
   float *queries_, *grad_outputs_, *queries_by_channel_, *grad_outputs_by_channel_;
   float *weights_, *grad_scores_;
-  float* grad_queries_;  // of two columns
   float* unowned_;
   int64_t grad_bias_size_;
   float* grad_bias_;

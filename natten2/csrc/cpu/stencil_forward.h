@@ -24,8 +24,7 @@ class StencilForward {
         keys_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
         values_(arena.take<float>(walk_.slots.size() * cut.most_keys * sizes_.value_vectors * kLanes)),
         queries_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
-        scores_(arena.take<float>(kRows * sizes_.window_scores)),
-        outputs_(arena.take<float>(2 * kRows * sizes_.value_vectors * kLanes)) {}
+        scores_(arena.take<float>(kRows * sizes_.window_scores)) {}
 
   void run(const Sheet& sheet, int64_t p0) {
     if (walk_.start(sheet)) {
@@ -119,29 +118,27 @@ class StencilForward {
     Storage* rows[kRows];
     for (int r = 0; r < tile.count; ++r) rows[r] = row_of<Storage>(args_.output, tile, r);
     const int64_t channels = sizes_.value_vectors * kLanes;
-    SumRows sums = {{}, channels};
-    for (int r = 0; r < kRows; ++r) sums.rows[r] = outputs_ + 2 * r * channels;
     ColumnPair pairs[kLanes];
     const int64_t count = walk_.pair_queries(block, pairs);
-    for_each_sum(
-        pairs, count, sizes_.value_vectors, [&](auto columns, auto width, const int32_t* column, int64_t vector) {
-          Tokens<columns()> tokens = {{}, sizes[column[0]], channels};
-          const float* weights[columns()];
-          for (int c = 0; c < columns(); ++c) {
-            tokens.first[c] = starts[column[c]];
-            weights[c] = scores_ + column[c];
-          }
-          sum_sources<false, columns(), width()>(
-              sources_, walk_.key_row_count, vector * kLanes, tokens,
-              [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
-          for (int c = 0; c < columns(); ++c)
-            for (int r = 0; r < tile.count; ++r)
-              for (int i = 0; i < width(); ++i) {
-                const int64_t channel = (vector + i) * kLanes;
-                narrow_some(load_lanes(sums.rows[r] + c * sums.column + channel),
-                            rows[r] + output_offsets_[block.first + column[c]] + channel, problem_.value_dim - channel);
-              }
-        });
+    for_each_sum(pairs, count, sizes_.value_vectors,
+                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
+                   Tokens<columns()> tokens = {{}, sizes[column[0]], channels};
+                   const float* weights[columns()];
+                   for (int c = 0; c < columns(); ++c) {
+                     tokens.first[c] = starts[column[c]];
+                     weights[c] = scores_ + column[c];
+                   }
+                   Sums<columns(), width()> sums = {};
+                   add_sources<columns(), width()>(
+                       sources_, walk_.key_row_count, vector * kLanes, tokens,
+                       [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
+                   for_each_of<columns(), width()>(sums, [&](Lanes sum, int c, int r, int i) {
+                     if (r >= tile.count) return;
+                     const int64_t channel = (vector + i) * kLanes;
+                     narrow_some(sum, rows[r] + output_offsets_[block.first + column[c]] + channel,
+                                 problem_.value_dim - channel);
+                   });
+                 });
   }
 
   template <class T>
@@ -166,7 +163,6 @@ class StencilForward {
   float* values_;  // by token
   float* queries_;
   float* scores_;
-  float* outputs_;  // of two columns
 };
 
 // A task is a sheet, and one row of the first axis.

@@ -53,7 +53,7 @@ void score(const Scores& args, int64_t first) {
   LaneInts index[kCount];
   for (int k = 0; k < kCount; ++k) index[k] = args.index + k;
   for (int64_t channel = 0; channel < args.channels; ++channel, key += pitch, query += kLanes) {
-    if constexpr (kFetch == kConsecutive) {
+    if constexpr (kFetch != kScattered) {
       __builtin_prefetch(key + args.next);
       __builtin_prefetch(key + args.next + kLanes);
     }
@@ -150,12 +150,6 @@ struct Tokens {
   int64_t pitch;  // from token to token
 };
 
-// Where the sums of a tile's rows are kept: channels of the first column, `column` apart from those of the next.
-struct SumRows {
-  float* rows[kRows];
-  int64_t column;
-};
-
 template <int kColumns, int kWidth>
 using Sums = Lanes[kColumns][kRows][kWidth];
 
@@ -184,20 +178,11 @@ template <int kBegin, int kEnd, int kColumns, int kWidth, class Weight>
   }
 }
 
-// Sums weighted rows of all sources, or adds them to the sums that are there; `weight(column, t)` points to the weights
-// of a column's token t.
-template <bool kAdd, int kColumns, int kWidth, class Weight>
-[[gnu::always_inline]] inline void sum_sources(const Source* sources, int64_t source_count, int64_t channel,
+// Adds weighted rows of all sources to sums; `weight(column, t)` points to the weights of a column's token t.
+template <int kColumns, int kWidth, class Weight>
+[[gnu::always_inline]] inline void add_sources(const Source* sources, int64_t source_count, int64_t channel,
                                                const Tokens<kColumns>& tokens, const Weight& weight,
-                                               const SumRows& out) {
-  Sums<kColumns, kWidth> sums;
-#pragma GCC unroll 4
-  for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kWidth; ++i)
-        sums[c][r][i] = kAdd ? load_lanes(out.rows[r] + c * out.column + channel + i * kLanes) : Lanes{};
+                                               Sums<kColumns, kWidth>& sums) {
   int64_t first[kColumns];
   for (int c = 0; c < kColumns; ++c) first[c] = tokens.first[c] * tokens.pitch + channel;
   const int64_t count = tokens.count, pitch = tokens.pitch;
@@ -237,12 +222,17 @@ template <bool kAdd, int kColumns, int kWidth, class Weight>
         break;
     }
   }
+}
+
+// Visits the sums, with constants for the indices that the registers need: `act(sum, column, row, vector)`.
+template <int kColumns, int kWidth, class Act>
+[[gnu::always_inline]] inline void for_each_of(Sums<kColumns, kWidth>& sums, Act&& act) {
 #pragma GCC unroll 4
   for (int c = 0; c < kColumns; ++c)
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < kWidth; ++i) store_lanes(sums[c][r][i], out.rows[r] + c * out.column + channel + i * kLanes);
+      for (int i = 0; i < kWidth; ++i) act(sums[c][r][i], c, r, i);
 }
 
 }  // namespace NATTEN2_ISA
