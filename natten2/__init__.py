@@ -2,6 +2,7 @@
 
 from natten2 import _extension, models, nn, ops  # noqa: F401
 from natten2.functional import merge_attentions, na1d, na2d, na3d
+from natten2.inductor import compile_options
 from natten2.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
 __version__ = "0.1.0"
@@ -10,6 +11,7 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "compile_options",
     "merge_attentions",
     "models",
     "na1d",

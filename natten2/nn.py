@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from natten2._arguments import check_heads, check_probability, check_real, check_tensor, flags, integers
-from natten2.functional import na1d, na2d, na3d
+from natten2.ops.schemas import na_qkv_forward
 from natten2.ops.validation import check_window
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -16,7 +16,6 @@ __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAt
 
 class _NeighborhoodAttention(nn.Module):
     _axes: tuple[str, ...]
-    _attend: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -61,11 +60,10 @@ class _NeighborhoodAttention(nn.Module):
         if input.dim() != len(self._axes) + 2 or input.shape[-1] != self.embed_dim:
             axes = ", ".join(self._axes)
             raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")
-        # Views of one product: the operator reads them in place.
-        query, key, value = self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        output = self._attend(
-            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.qk_scale, rpb=self.rpb
-        )
+        # One product, which the operator reads in place, and one gradient.
+        qkv = self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim))
+        scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
+        output, _ = na_qkv_forward(qkv, self.rpb, self.kernel_size, self.stride, self.dilation, self.is_causal, scale)
         return self.proj_drop(self.proj(output.flatten(-2)))
 
     def extra_repr(self) -> str:
@@ -83,7 +81,6 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
     """
 
     _axes = ("length",)
-    _attend = staticmethod(na1d)
 
 
 class NeighborhoodAttention2D(_NeighborhoodAttention):
@@ -113,7 +110,6 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
     """
 
     _axes = ("height", "width")
-    _attend = staticmethod(na2d)
 
 
 class NeighborhoodAttention3D(_NeighborhoodAttention):
@@ -124,4 +120,3 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
     """
 
     _axes = ("depth", "height", "width")
-    _attend = staticmethod(na3d)

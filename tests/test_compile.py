@@ -1,5 +1,7 @@
 """What the compiler sees: one graph, one node, no copies, no needless recompilation."""
 
+import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import natten2
+from natten2.ops.schemas import na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -198,3 +201,149 @@ def test_compiled_gradient_of_the_log_sum_exp():
     expected = torch.autograd.grad(loss(*tensors), tensors, materialize_grads=True)
     compiled = torch.compile(loss, fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(*tensors), tensors, materialize_grads=True), expected)
+
+
+def nat_block() -> torch.nn.Module:
+    """A block of NAT, with layer scale: windows of 7 x 7, 2 heads of 16 channels."""
+    return natten2.models.nat_small(num_classes=0, depths=(1,), num_heads=(2,), embed_dim=32).levels[0].blocks[0]
+
+
+def schedule(code: str) -> str:
+    """The kernels that generated code calls, in order, with the buffers that they read and write.
+
+    Buffers are numbered as they come, parameters and inputs left out; memory that is used again counts as new.
+    """
+    body = code[code.index("def call(") :].split("\nrunner", 1)[0]
+    names: dict[str, str] = {}
+    lines = []
+    for line in map(str.strip, body.splitlines()[3:]):
+        if re.match(r"del |#|assert_|return |buf\d+ = (reinterpret_tensor|empty_strided)|buf\d+ = buf\d+; del", line):
+            continue
+        if taken := re.fullmatch(r"(buf\d+) = (buf\d+)\[\d+\]", line):
+            names[taken[1]] = names[taken[2]]
+        elif line:
+            line = re.sub(r"_\d+\(", "(", line, count=1)
+            called = re.match(r"(?:buf\d+ = )?([\w.]+)", line)[1] if "(" in line else line
+            buffers = re.findall(r"\bbuf\d+", line.partition("(")[2] + line.partition("(")[0])
+            numbers = dict.fromkeys(names.setdefault(buffer, str(len(names))) for buffer in buffers)
+            lines.append(f"{called} {' '.join(numbers)}".rstrip())
+    return "\n".join(lines)
+
+
+def test_schedule_of_inference():
+    block, x = nat_block().eval(), torch.randn(2, 9, 10, 32)
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x)
+        torch.testing.assert_close(result, block(x))
+    assert_expected_inline(
+        schedule(code),
+        """\
+cpp_fused_native_layer_norm 0 1 2
+extern_kernels.addmm 2 3
+torch.ops.natten2.na_qkv_forward.default 3 4
+extern_kernels.addmm 4 6
+cpp_fused_add_mul_native_layer_norm_view 7 6 8 9
+extern_kernels.addmm 9 10
+cpp_fused_gelu_view 11
+extern_kernels.addmm 11 12
+cpp_fused_add_mul_view 13 12""",
+    )
+
+
+def test_schedule_of_training():
+    block, x = nat_block(), torch.randn(2, 9, 10, 32)
+    results, (forward, backward) = run_and_get_code(
+        outputs_and_gradients, torch.compile(block, fullgraph=True), block, x
+    )
+    torch.testing.assert_close(results, outputs_and_gradients(block, block, x))
+    assert_expected_inline(
+        schedule(forward),
+        """\
+cpp_fused_native_layer_norm 0 1 2
+extern_kernels.addmm 2 3
+torch.ops.natten2.na_qkv_forward.default 3 4
+extern_kernels.addmm 4 7
+cpp_fused_add_mul_native_layer_norm_view 8 9 7 10
+extern_kernels.addmm 10 11
+cpp_fused_gelu_view 11 12
+extern_kernels.addmm 12 13
+cpp_fused_add_mul_view 7 13 14""",
+    )
+    assert_expected_inline(
+        schedule(backward),
+        """\
+cpp_fused_mul_sum_view 0 1 2
+extern_kernels.mm 1 3
+extern_kernels.mm 1 4
+cpp_fused_gelu_gelu_backward_view 5
+extern_kernels.mm 5 6
+cpp_fused_gelu_gelu_backward_sum_view 5 7
+extern_kernels.mm 5 8
+cpp_fused_add_mul_native_layer_norm_native_layer_norm_backward_sum_view 8 9 10 11 12 13 14 15 16 17
+extern_kernels.mm 13 18
+extern_kernels.mm 13 19
+torch.ops.natten2.na_qkv_backward.default 19 20
+extern_kernels.mm 20 22
+cpp_fused_sum_view 20 24
+extern_kernels.mm 20 25
+cpp_fused_add_native_layer_norm_native_layer_norm_backward_view 26 25 27 28 29 30""",
+    )
+
+
+def big_copies(run: Callable[[], object], size: int) -> set[str]:
+    """What copies tensors of at least `size` numbers while something runs, inside of operators too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        run()
+    names = {"aten::clone", "aten::contiguous", "aten::copy_", "aten::cat", "aten::stack", "aten::_to_copy"}
+    return {
+        f"{event.name} of {shape}"
+        for event in profile.events()
+        if event.name in names
+        for shape in event.input_shapes
+        if math.prod(shape) >= size
+    }
+
+
+def test_kernels_copy_none_of_the_tokens():
+    problem = random_problem((9, 10), (3, 3), head_dim=16, bias=True, dtype=torch.float32)
+    qkv, rpb, upstream = torch.stack(problem.tensors[:3], 3), problem.tensors[3], problem.grad_output
+
+    def run() -> None:
+        inputs = (*qkv.unbind(3), rpb, None, None)
+        results = na_forward(*inputs, *problem.parameters)
+        na_backward(upstream, None, *inputs, *results, *problem.parameters)
+        results = na_qkv_forward(qkv, rpb, *problem.parameters)
+        na_qkv_backward(upstream, None, qkv, rpb, *results, *problem.parameters)
+
+    assert not big_copies(run, upstream.numel())
+
+
+def test_a_block_of_any_size_compiles_once():
+    block = nat_block()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for shape in ((2, 9, 10), (3, 12, 7), (5, 7, 31)):
+        x = torch.randn(*shape, 32, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, (0, 1, 2))
+        output = compiled(x)
+        results = torch.autograd.grad(output.square().sum(), [x, *block.parameters()])
+        torch.testing.assert_close([output, *results], outputs_and_gradients(block, block, x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "out"), reason="this torch has no such tag")
+def test_inductor_can_not_plan_a_result_that_nobody_reads():
+    # Why the operators have no overloads with this tag: without gradients, nobody reads the log-sum-exp. Once this
+    # fails, they may have them.
+    library = torch.library.Library("natten2_test", "DEF")
+    tags = (torch.Tag.pt2_compliant_tag,)
+    library.define("pair(Tensor x) -> (Tensor one, Tensor two)", tags=tags)
+    written = "Tensor(a!) one, Tensor(b!) two"
+    library.define(f"pair.out(Tensor x, *, {written}) -> ({written})", tags=(*tags, torch.Tag.out))
+    library.impl("pair", lambda x: (x + 1, x + 2), "CompositeExplicitAutograd")
+    library.impl("pair.out", lambda x, one, two: (one.copy_(x + 1), two.copy_(x + 2)), "CompositeExplicitAutograd")
+    try:
+        with pytest.raises(NameError, match="buf"), torch.no_grad():
+            torch.compile(lambda x: torch.ops.natten2_test.pair(x)[0] * 2, fullgraph=True)(torch.ones(3))
+    finally:
+        library._destroy()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from problems import Problem, golden_cases, packed, problems, random_problem, with_layout
 from test_kernels import REFERENCE, check_golden, run
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -138,6 +141,43 @@ def test_the_tiling_of_an_image_is_not_a_row():
     tiling = choose_tiling((7, 7), (1, 1), (False, False), 64)
     assert tiling.tile == (8, 8)
     assert tiling.box == (14, 14)
+
+
+@pytest.mark.parametrize("programs", [8, 128])
+def test_packed_is_unpacked(monkeypatch: pytest.MonkeyPatch, programs: int):
+    # With 128 programs a tile's keys go into parts, whose sums are then written into the packed gradient.
+    monkeypatch.setattr(tiles, "_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "_PART_STEPS", 1)
+    problem = random_problem((40,), (30,), batch=2, is_causal=(True,), head_dim=8, bias=True, dtype=torch.float32)
+    qkv, rpb = torch.stack(problem.tensors[:3], -3), problem.tensors[3]
+    (output, logsumexp), (*grads, grad_rpb, _, _) = run(problem, KERNELS)
+    results = launch.na_qkv_forward(qkv, rpb, *problem.parameters)
+    torch.testing.assert_close(results, (output, logsumexp))
+    upstream = (problem.grad_output, problem.grad_logsumexp)
+    packed_grads = launch.na_qkv_backward(*upstream, qkv, rpb, *results, *problem.parameters)
+    torch.testing.assert_close(packed_grads, (torch.stack(grads, -3), grad_rpb))
+
+
+def test_packed_tensors_are_read_and_written_in_place(monkeypatch: pytest.MonkeyPatch):
+    reached: set[int] = set()
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **_: reached.update(x.data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor))
+
+    for name in ("forward_kernel", "delta_kernel", "grad_query_kernel", "grad_key_value_kernel"):
+        monkeypatch.setattr(launch, name, Launch())
+    problem = random_problem((9, 7), (3, 3), dtype=torch.float32)
+    qkv = torch.stack(problem.tensors[:3], -3)
+    output, logsumexp = launch.na_qkv_forward(qkv, None, *problem.parameters)
+    assert {x.data_ptr() for x in (*qkv.unbind(-3), output, logsumexp)} == reached
+    reached.clear()
+    upstream = (problem.grad_output, problem.grad_logsumexp)
+    grad_qkv, _ = launch.na_qkv_backward(*upstream, qkv, None, output, logsumexp, *problem.parameters)
+    known = {x.data_ptr() for x in (*qkv.unbind(-3), *grad_qkv.unbind(-3), *upstream, output, logsumexp)}
+    # Nothing else but delta.
+    assert known < reached
+    assert len(reached - known) == 1
 
 
 def test_results_do_not_depend_on_the_batch():

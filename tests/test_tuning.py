@@ -82,7 +82,8 @@ def test_every_candidate_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     inputs, window = problem.tensors, problem.parameters[:2] + problem.parameters[3:4]
     window = tuple(map(tuple, window))
     for tiling in dict.fromkeys(candidate_tilings(*window)):
-        call = launch._Call(tiling, inputs, (problem.tensors[0].shape,), window, problem.parameters[2])
+        layout = (expected.shape, expected.stride())
+        call = launch._Call(tiling, inputs, (layout,), window, problem.parameters[2])
         torch.testing.assert_close(launch._forward(call, problem.parameters[4])[0], expected)
 
 

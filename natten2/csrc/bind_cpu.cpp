@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -272,23 +273,33 @@ void run(const Pass<Arguments>& pass, const Arguments& args) {
   if (out_of_memory) throw std::runtime_error("natten2: can't allocate " + std::to_string(bytes) + " bytes of memory");
 }
 
-std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb,
-                                      std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values,
-                                      std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                                      std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
-  const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
-  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
-  const Dtype dtype = to_dtype(query.scalar_type());
-  const int rank = static_cast<int>(kernel_size.size());
+// The views of [batch, *axes, 3, heads, head_dim].
+std::array<Tensor, 3> unpack(const Tensor& packed, const Parameters& parameters) {
+  const int64_t axis = static_cast<int64_t>(parameters.kernel_size.size()) + 1;
+  require(packed.dim() == axis + 3 && packed.size(axis) == 3, "qkv",
+          "must have shape [batch, *axes, 3, heads, head_dim]");
+  return {torch::stable::select(packed, axis, 0), torch::stable::select(packed, axis, 1),
+          torch::stable::select(packed, axis, 2)};
+}
+
+Inputs unpack_inputs(const Tensor& qkv, const std::optional<Tensor>& rpb, const Parameters& parameters) {
+  const auto [query, key, value] = unpack(qkv, parameters);
+  return {query, key, value, rpb, std::nullopt, std::nullopt};
+}
+
+std::tuple<Tensor, Tensor> forward(const Inputs& inputs, const Parameters& parameters) {
+  const int rank = static_cast<int>(parameters.kernel_size.size());
+  const ScalarType type = inputs.query.scalar_type();
+  const Dtype dtype = to_dtype(type);
   const Problem problem = make_problem(inputs, parameters);
   require_inputs(inputs, problem, rank);
 
-  Shape rows = shape(query);
+  Shape rows = shape(inputs.query);
   rows.pop_back();
   Shape channels(rows);
   channels.push_back(problem.value_dim);
-  Tensor output = allocate(channels, query.scalar_type());
-  Tensor logsumexp = allocate(rows, accumulate_type(query.scalar_type()));
+  Tensor output = allocate(channels, type);
+  Tensor logsumexp = allocate(rows, accumulate_type(type));
   if (problem.batch == 0) return {output, logsumexp};
   const std::optional<Tensor> bias = bias_table(inputs);
   run(kernels(dtype, problem).forward,
@@ -325,22 +336,36 @@ void sum_parts(const std::vector<double>& parts, int64_t heads, int64_t offsets,
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
-    Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor query, Tensor key, Tensor value,
-    std::optional<Tensor> rpb, std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values,
-    Tensor output, Tensor logsumexp, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-    std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
-  const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
-  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
-  const int rank = static_cast<int>(kernel_size.size());
-  const ScalarType type = query.scalar_type(), accumulate = accumulate_type(type);
+struct Upstream {
+  Tensor grad_output;
+  std::optional<Tensor> grad_logsumexp;
+  Tensor output;
+  Tensor logsumexp;
+};
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor allocate_like(const Tensor& input) { return allocate(shape(input), input.scalar_type()); }
+
+// Of an absent input, size 0.
+Tensor allocate_like(const std::optional<Tensor>& input, ScalarType type) {
+  return input ? allocate_like(*input) : allocate({0}, type);
+}
+
+// `allocate_grads` makes the gradients of query, key, and value, once all arguments are known to be right.
+template <class AllocateGrads>
+SixTensors backward(const Upstream& upstream, const Inputs& inputs, const Parameters& parameters,
+                    const AllocateGrads& allocate_grads) {
+  const int rank = static_cast<int>(parameters.kernel_size.size());
+  const ScalarType type = inputs.query.scalar_type(), accumulate = accumulate_type(type);
   const Dtype dtype = to_dtype(type);
   const Problem problem = make_problem(inputs, parameters);
   require_inputs(inputs, problem, rank);
-  Shape rows = shape(query);
+  Shape rows = shape(inputs.query);
   rows.pop_back();
   Shape channels(rows);
   channels.push_back(problem.value_dim);
+  auto [grad_output, grad_logsumexp, output, logsumexp] = upstream;
   require_tensor(output, "output", type, channels);
   require_channels(output, "output");
   require_tensor(grad_output, "grad_output", type, channels);
@@ -349,14 +374,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
   // Gradients come as autograd made them, expanded from one number even.
   if (problem.value_dim != 1 && grad_output.stride(rank + 2) != 1) grad_output = torch::stable::contiguous(grad_output);
 
-  const auto like = [&](const std::optional<Tensor>& tensor) {
-    return allocate(tensor ? shape(*tensor) : Shape{0}, tensor ? tensor->scalar_type() : type);
-  };
-  Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value), grad_rpb = like(rpb);
-  Tensor grad_additional_keys = like(additional_keys), grad_additional_values = like(additional_values);
+  const auto [grad_query, grad_key, grad_value] = allocate_grads();
+  Tensor grad_rpb = allocate_like(inputs.rpb, type);
+  Tensor grad_additional_keys = allocate_like(inputs.additional_keys, type);
+  Tensor grad_additional_values = allocate_like(inputs.additional_values, type);
   Tensor delta = allocate(rows, accumulate);
   const Kernels chosen = kernels(dtype, problem);
-  const int64_t offsets = rpb ? rpb->numel() / problem.heads : 0;
+  const int64_t offsets = inputs.rpb ? inputs.rpb->numel() / problem.heads : 0;
   const int64_t parts = problem.batch > 0 ? chosen.parts(problem) : 0;
   std::vector<double> grad_rpb_parts(static_cast<size_t>(problem.heads * parts * offsets));
 
@@ -368,15 +392,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
       output_view(grad_query, rank),
       output_view(grad_key, rank),
       output_view(grad_value, rank),
-      additional_keys ? output_view(grad_additional_keys, 1) : View{},
-      additional_values ? output_view(grad_additional_values, 1) : View{},
+      inputs.additional_keys ? output_view(grad_additional_keys, 1) : View{},
+      inputs.additional_values ? output_view(grad_additional_values, 1) : View{},
       output_view(delta, rank),
-      rpb ? grad_rpb_parts.data() : nullptr,
+      inputs.rpb ? grad_rpb_parts.data() : nullptr,
       parts};
   if (problem.batch > 0)
     for (int i = 0; i < chosen.passes; ++i) run(chosen.backward[i], args);
   sum_parts(grad_rpb_parts, problem.heads, offsets, grad_rpb);
   return {grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values};
+}
+
+std::tuple<Tensor, Tensor> na_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb,
+                                      std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values,
+                                      std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                      std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
+  return forward({query, key, value, rpb, additional_keys, additional_values},
+                 {kernel_size, stride, dilation, is_causal, scale});
+}
+
+std::tuple<Tensor, Tensor> na_qkv_forward(Tensor qkv, std::optional<Tensor> rpb, std::vector<int64_t> kernel_size,
+                                          std::vector<int64_t> stride, std::vector<int64_t> dilation,
+                                          std::vector<bool> is_causal, double scale) {
+  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
+  return forward(unpack_inputs(qkv, rpb, parameters), parameters);
+}
+
+SixTensors na_backward(Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor query, Tensor key, Tensor value,
+                       std::optional<Tensor> rpb, std::optional<Tensor> additional_keys,
+                       std::optional<Tensor> additional_values, Tensor output, Tensor logsumexp,
+                       std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> dilation,
+                       std::vector<bool> is_causal, double scale) {
+  const Inputs inputs = {query, key, value, rpb, additional_keys, additional_values};
+  return backward({grad_output, grad_logsumexp, output, logsumexp}, inputs,
+                  {kernel_size, stride, dilation, is_causal, scale},
+                  [&] { return std::array{allocate_like(query), allocate_like(key), allocate_like(value)}; });
+}
+
+std::tuple<Tensor, Tensor> na_qkv_backward(Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor qkv,
+                                           std::optional<Tensor> rpb, Tensor output, Tensor logsumexp,
+                                           std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                           std::vector<int64_t> dilation, std::vector<bool> is_causal, double scale) {
+  const Parameters parameters = {kernel_size, stride, dilation, is_causal, scale};
+  Tensor grad_qkv;
+  const SixTensors grads =
+      backward({grad_output, grad_logsumexp, output, logsumexp}, unpack_inputs(qkv, rpb, parameters), parameters, [&] {
+        grad_qkv = allocate_like(qkv);
+        return unpack(grad_qkv, parameters);
+      });
+  return {grad_qkv, std::get<3>(grads)};
 }
 
 }  // namespace
@@ -385,4 +449,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_backward(
 STABLE_TORCH_LIBRARY_IMPL(natten2, CPU, m) {
   m.impl("na_forward", TORCH_BOX(&natten2::cpu::na_forward));
   m.impl("na_backward", TORCH_BOX(&natten2::cpu::na_backward));
+  m.impl("na_qkv_forward", TORCH_BOX(&natten2::cpu::na_qkv_forward));
+  m.impl("na_qkv_backward", TORCH_BOX(&natten2::cpu::na_qkv_backward));
 }

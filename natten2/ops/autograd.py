@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from natten2.ops import reference
 from natten2.ops.differentiable import register_differentiable
-from natten2.ops.schemas import LIBRARY, na_backward, na_forward
+from natten2.ops.schemas import LIBRARY, na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
-_NUM_INPUTS = 6
 _NUM_PARAMETERS = 5
 
 
@@ -18,20 +19,21 @@ class NeighborhoodAttention:
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_INPUTS], *output)
-        ctx.parameters = inputs[_NUM_INPUTS:]
+        ctx.save_for_backward(*inputs[:-_NUM_PARAMETERS], *output)
+        ctx.parameters = inputs[-_NUM_PARAMETERS:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None and grad_logsumexp is None:
-            return (None,) * (_NUM_INPUTS + _NUM_PARAMETERS)
-        *inputs, output, logsumexp = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        grads = na_backward(grad_output, grad_logsumexp, *inputs, output, logsumexp, *ctx.parameters)
-        present = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=True))
-        return (*present, *(None,) * _NUM_PARAMETERS)
+        return _gradients(na_backward, ctx, grad_output, grad_logsumexp)
+
+
+class PackedNeighborhoodAttention(NeighborhoodAttention):
+    """Rule of `natten2::na_qkv_forward`, whose gradient is `natten2::na_qkv_backward`."""
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(na_qkv_backward, ctx, grad_output, grad_logsumexp)
 
 
 class NeighborhoodAttentionBackward:
@@ -48,18 +50,47 @@ class NeighborhoodAttentionBackward:
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        present = [tensor for tensor in tensors if tensor is not None]
+        return _second_gradients(reference.na_backward, ctx, grads)
 
-        def formula(*values: Tensor) -> tuple[Tensor, ...]:
-            remaining = iter(values)
-            arguments = [None if tensor is None else next(remaining) for tensor in tensors]
-            return reference.na_backward(*arguments, *ctx.parameters)
 
-        _, pullback = torch.func.vjp(formula, *present)
-        second = iter(pullback(grads))
-        return (*(None if tensor is None else next(second) for tensor in tensors), *(None,) * _NUM_PARAMETERS)
+class PackedNeighborhoodAttentionBackward(NeighborhoodAttentionBackward):
+    """Rule of `natten2::na_qkv_backward`: the same formula on views."""
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _second_gradients(reference.na_qkv_backward, ctx, grads)
+
+
+def _gradients(
+    operator: torch._ops.OpOverload, ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, output, logsumexp = ctx.saved_tensors
+    if grad_output is None and grad_logsumexp is None:
+        return (None,) * (len(inputs) + _NUM_PARAMETERS)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    grads = operator(grad_output, grad_logsumexp, *inputs, output, logsumexp, *ctx.parameters)
+    present = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=True))
+    return (*present, *(None,) * _NUM_PARAMETERS)
+
+
+def _second_gradients(
+    formula: Callable[..., tuple[Tensor, ...]], ctx, grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    present = [tensor for tensor in tensors if tensor is not None]
+
+    def of_present(*values: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(values)
+        arguments = [None if tensor is None else next(remaining) for tensor in tensors]
+        return formula(*arguments, *ctx.parameters)
+
+    _, pullback = torch.func.vjp(of_present, *present)
+    second = iter(pullback(grads))
+    return (*(None if tensor is None else next(second) for tensor in tensors), *(None,) * _NUM_PARAMETERS)
 
 
 register_differentiable(LIBRARY, na_forward, NeighborhoodAttention)
 register_differentiable(LIBRARY, na_backward, NeighborhoodAttentionBackward)
+register_differentiable(LIBRARY, na_qkv_forward, PackedNeighborhoodAttention)
+register_differentiable(LIBRARY, na_qkv_backward, PackedNeighborhoodAttentionBackward)

@@ -63,7 +63,8 @@ def _register(name: str) -> None:
         return getattr(launch, name)
 
     def unusable(*args: object) -> str | None:
-        query, _, value = (args if name == "na_forward" else args[2:])[:3]
+        inputs = args[2:] if name.endswith("backward") else args
+        query, value = inputs[0], inputs[0 if name.startswith("na_qkv") else 2]
         return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
 
     def on_cuda(*args: object) -> tuple[Tensor, ...]:
@@ -94,5 +95,5 @@ def _has_backend(name: str) -> bool:
     return name in backends
 
 
-for _name in ("na_forward", "na_backward"):
+for _name in reference.__all__:
     _register(_name)

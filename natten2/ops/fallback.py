@@ -3,5 +3,5 @@
 from natten2.ops import reference
 from natten2.ops.schemas import LIBRARY
 
-LIBRARY.impl("na_forward", reference.na_forward, "MPS")
-LIBRARY.impl("na_backward", reference.na_backward, "MPS")
+for _name in reference.__all__:
+    LIBRARY.impl(_name, getattr(reference, _name), "MPS")

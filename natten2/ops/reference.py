@@ -16,7 +16,7 @@ from torch import Tensor
 from natten2.ops.validation import accumulate_dtype
 from natten2.window import group_length, key_bounds
 
-__all__ = ["na_backward", "na_forward"]
+__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward"]
 
 
 class Slots(NamedTuple):
@@ -123,6 +123,26 @@ def na_backward(
         query.new_empty(0) if additional_keys is None else (grad_additional_keys * scale).to(key.dtype),
         query.new_empty(0) if additional_values is None else grad_additional_values.to(value.dtype),
     )
+
+
+def na_qkv_forward(qkv: Tensor, rpb: Tensor | None, *parameters: object) -> tuple[Tensor, Tensor]:
+    """Computes `natten2::na_qkv_forward`: :func:`na_forward` of three views."""
+    return na_forward(*qkv.unbind(-3), rpb, None, None, *parameters)
+
+
+def na_qkv_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    qkv: Tensor,
+    rpb: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    *parameters: object,
+) -> tuple[Tensor, Tensor]:
+    """Computes `natten2::na_qkv_backward`: :func:`na_backward` of three views."""
+    upstream, inputs = (grad_output, grad_logsumexp), (*qkv.unbind(-3), rpb, None, None)
+    *grads, grad_rpb, _, _ = na_backward(*upstream, *inputs, output, logsumexp, *parameters)
+    return torch.stack(grads, -3), grad_rpb
 
 
 def _group_heads(tensor: Tensor, like: Tensor) -> Tensor:

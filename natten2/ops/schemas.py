@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["LIBRARY", "MAX_RANK", "na_backward", "na_forward"]
+__all__ = ["LIBRARY", "MAX_RANK", "na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward"]
 
 MAX_RANK = 3
 LIBRARY = torch.library.Library("natten2", "DEF")
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+# Query, key, and value as one tensor `[B, *S, 3, H, D]`.
+_PACKED_INPUTS = "Tensor qkv, Tensor? rpb"
 _PARAMETERS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 _GRADIENTS = (
     "Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, "
@@ -30,6 +32,9 @@ _SCHEMAS = (
     f"na_forward({_INPUTS}, {_PARAMETERS}) -> (Tensor output, Tensor logsumexp)",
     f"na_backward(Tensor grad_output, Tensor? grad_logsumexp, {_INPUTS}, Tensor output, Tensor logsumexp, "
     f"{_PARAMETERS}) -> ({_GRADIENTS})",
+    f"na_qkv_forward({_PACKED_INPUTS}, {_PARAMETERS}) -> (Tensor output, Tensor logsumexp)",
+    f"na_qkv_backward(Tensor grad_output, Tensor? grad_logsumexp, {_PACKED_INPUTS}, Tensor output, Tensor logsumexp, "
+    f"{_PARAMETERS}) -> (Tensor grad_qkv, Tensor grad_rpb)",
     *(_face(rank) for rank in range(1, MAX_RANK + 1)),
 )
 
@@ -38,3 +43,5 @@ for _schema in _SCHEMAS:
 
 na_forward = torch.ops.natten2.na_forward.default
 na_backward = torch.ops.natten2.na_backward.default
+na_qkv_forward = torch.ops.natten2.na_qkv_forward.default
+na_qkv_backward = torch.ops.natten2.na_qkv_backward.default

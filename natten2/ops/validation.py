@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward
+from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
-__all__ = ["DTYPES", "accumulate_dtype", "call_backend", "check_backward", "check_forward", "check_window"]
+__all__ = [
+    "DTYPES",
+    "accumulate_dtype",
+    "call_backend",
+    "check_backward",
+    "check_forward",
+    "check_qkv_backward",
+    "check_qkv_forward",
+    "check_window",
+]
 
 _ACCUMULATE_DTYPES = {
     torch.float32: torch.float32,
@@ -99,6 +108,43 @@ def check_backward(
     _check_like("logsumexp", logsumexp, query, query.shape[:-1], accumulate)
     if grad_logsumexp is not None:
         _check_like("grad_logsumexp", grad_logsumexp, query, query.shape[:-1], accumulate)
+
+
+def check_qkv_forward(qkv: Tensor, rpb: Tensor | None, kernel_size: Sequence[int], *parameters: object) -> None:
+    """Checks the arguments of `natten2::na_qkv_forward`; raises what :func:`check_forward` raises."""
+    query = _check_packed(qkv, len(kernel_size))
+    check_forward(query, query, query, rpb, None, None, kernel_size, *parameters)
+
+
+def check_qkv_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    qkv: Tensor,
+    rpb: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    kernel_size: Sequence[int],
+    *parameters: object,
+) -> None:
+    """Checks the arguments of `natten2::na_qkv_backward`; raises what :func:`check_forward` raises."""
+    query = _check_packed(qkv, len(kernel_size))
+    inputs = (query, query, query, rpb, None, None, output, logsumexp)
+    check_backward(grad_output, grad_logsumexp, *inputs, kernel_size, *parameters)
+
+
+def _check_packed(qkv: Tensor, rank: int) -> Tensor:
+    """The view of the query, like which key and value are; with a wrong rank, the tensor itself."""
+    _check_kind("qkv", qkv, qkv, _ACCUMULATE_DTYPES)
+    if not 1 <= rank <= MAX_RANK:
+        return qkv
+    shape = qkv.shape
+    if len(shape) != rank + 4 or shape[-3] != 3 or min(shape[-2:]) < 1:
+        raise ValueError(
+            f"qkv must have shape [batch, {_AXES[rank]}, 3, heads, head_dim] for a kernel_size of {rank} entries, with "
+            f"at least one head and one channel, got {tuple(shape)}"
+        )
+    _check_unit_stride("qkv", qkv, shape[-1])
+    return qkv.select(-3, 0)
 
 
 def _check_rank(
@@ -225,7 +271,12 @@ def _check_additional(
         )
 
 
-_CHECKS = {na_forward: check_forward, na_backward: check_backward}
+_CHECKS = {
+    na_forward: check_forward,
+    na_backward: check_backward,
+    na_qkv_forward: check_qkv_forward,
+    na_qkv_backward: check_qkv_backward,
+}
 
 
 def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: object) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from natten2.ops.triton.geometry import Channels, Inputs, Operand, Plan
 from natten2.ops.triton.tiles import Tiling, count_parts, count_step_parts, count_tiles
 from natten2.ops.triton.tuning import tuned
 
-__all__ = ["na_backward", "na_forward", "opaque"]
+__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward", "opaque"]
 
 # Triton computes with 32-bit integers by default; positions just outside an axis must still fit.
 _MAX_INT32 = 2**31 - 2**20
@@ -72,7 +72,7 @@ def na_forward(
     window = (tuple(kernel_size), tuple(stride), tuple(is_causal))
 
     def run(tiling: Tiling) -> tuple[Tensor, Tensor]:
-        return _forward(_Call(tiling, inputs, (output_shape,), window, dilation), scale)
+        return _forward(_Call(tiling, inputs, (_contiguous_layout(output_shape),), window, dilation), scale)
 
     return run(tuned("forward", inputs, window, _precision(query, window[0]), run))
 
@@ -119,34 +119,62 @@ def na_backward(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
     scale: float,
+    grads: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes `natten2::na_backward`; arguments and results are the operator's, and were checked."""
+    """Computes `natten2::na_backward`; arguments and results are the operator's, and were checked.
+
+    Args:
+        grads: Where to write the gradients of query, key, and value; `None` makes them.
+    """
     inputs = (query, key, value, rpb, additional_keys, additional_values)
+    if grads is None:
+        grads = [x.new_empty(x.shape) for x in inputs[:3]]
     if query.shape[0] == 0:
-        return tuple(query.new_empty(0) if x is None else x.new_zeros(x.shape) for x in inputs)
+        return (*grads, *(query.new_empty(0) if x is None else x.new_zeros(x.shape) for x in inputs[3:]))
     # Gradients come as autograd made them, expanded from one number even.
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    shapes = [x.shape for x in inputs[:3]]
+    results = [layout for x in grads for layout in ((x.shape, x.stride()), _contiguous_layout(x.shape))]
     window = (tuple(kernel_size), tuple(stride), tuple(is_causal))
 
     def run(tiling: Tiling) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        call = _Call(tiling, inputs, shapes, window, dilation, outputs=(grad_output, output))
-        return _backward(call, grad_output, grad_logsumexp, output, logsumexp, scale)
+        call = _Call(tiling, inputs, results, window, dilation, outputs=(grad_output, output))
+        return _backward(call, grads, grad_output, grad_logsumexp, output, logsumexp, scale)
 
     return run(tuned("backward", inputs, window, _precision(query, window[0]), run))
 
 
+def na_qkv_forward(qkv: Tensor, rpb: Tensor | None, *parameters: object) -> tuple[Tensor, Tensor]:
+    """Computes `natten2::na_qkv_forward`: :func:`na_forward` of three views."""
+    return na_forward(*qkv.unbind(-3), rpb, None, None, *parameters)
+
+
+def na_qkv_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    qkv: Tensor,
+    rpb: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    *parameters: object,
+) -> tuple[Tensor, Tensor]:
+    """Computes `natten2::na_qkv_backward`: :func:`na_backward` of three views, into three views."""
+    grad_qkv = qkv.new_empty(qkv.shape)
+    upstream, inputs = (grad_output, grad_logsumexp), (*qkv.unbind(-3), rpb, None, None)
+    grads = na_backward(*upstream, *inputs, output, logsumexp, *parameters, grads=grad_qkv.unbind(-3))
+    return grad_qkv, grads[3]
+
+
 def _backward(
     call: _Call,
+    grads: Sequence[Tensor],
     grad_output: Tensor,
     grad_logsumexp: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    query, key, value, rpb, additional_keys, additional_values = call.tensors
-    shapes = [x.shape for x in (query, key, value)]
+    query, key, _, rpb, additional_keys, additional_values = call.tensors
     heads, key_heads = query.shape[-2], key.shape[-2]
     delta = torch.empty_like(logsumexp)
     upstream = Upstream(call.operand(grad_output), _scalars(logsumexp), _scalars(delta))
@@ -162,7 +190,7 @@ def _backward(
             num_warps=4,
         )
         parts = call.parts(heads)
-        grad_query = _new_parts(parts, query, shapes[0])
+        grad_query = _own_parts(parts, grads[0])
         grad_query_kernel[(call.tiles * heads, parts)](
             call.inputs,
             upstream,
@@ -175,11 +203,11 @@ def _backward(
             **call.query_options,
         )
         key_parts = call.parts(key_heads)
-        grads = [_new_parts(key_parts, query, shape) for shape in shapes[1:]]
+        grad_keys_values = [_own_parts(key_parts, grad) for grad in grads[1:]]
         grad_key_value_kernel[(call.tiles * key_heads, key_parts)](
             call.inputs,
             upstream,
-            *map(call.operand, grads),
+            *map(call.operand, grad_keys_values),
             call.lengths,
             call.dilation,
             call.sizes(key_heads),
@@ -192,12 +220,10 @@ def _backward(
         additional = (absent, absent)
         if additional_keys is not None:
             additional = _grad_additional(call, additional_keys, additional_values, upstream, scale)
-    return (
-        _sum_parts(parts, grad_query, query.dtype),
-        *(_sum_parts(key_parts, grad, query.dtype) for grad in grads),
-        grad_rpb,
-        *additional,
-    )
+        _sum_parts(parts, grad_query, grads[0])
+        for sums, grad in zip(grad_keys_values, grads[1:], strict=True):
+            _sum_parts(key_parts, sums, grad)
+    return (*grads, grad_rpb, *additional)
 
 
 def _new_parts(parts: int, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -205,8 +231,14 @@ def _new_parts(parts: int, like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty((parts * shape[0], *shape[1:]), dtype=like.dtype if parts == 1 else torch.float32)
 
 
-def _sum_parts(parts: int, result: Tensor, dtype: torch.dtype) -> Tensor:
-    return result if parts == 1 else result.unflatten(0, (parts, -1)).sum(0).to(dtype)
+def _own_parts(parts: int, result: Tensor) -> Tensor:
+    """A result itself where it is its only part."""
+    return result if parts == 1 else _new_parts(parts, result, result.shape)
+
+
+def _sum_parts(parts: int, sums: Tensor, result: Tensor) -> None:
+    if parts > 1:
+        result.copy_(sums.unflatten(0, (parts, -1)).sum(0))
 
 
 def _grad_bias(call: _Call, rpb: Tensor, upstream: Upstream, scale: float) -> Tensor:
@@ -261,13 +293,13 @@ def _grad_additional(
 
 
 class _Call:
-    """What the kernels of one call share; of `results` the shapes."""
+    """What the kernels of one call share; of `results` the shapes and strides."""
 
     def __init__(
         self,
         tiling: Tiling,
         inputs: Sequence[Tensor | None],
-        results: Sequence[Sequence[int]],
+        results: Sequence[tuple[Sequence[int], Sequence[int]]],
         window: tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]],
         dilation: Sequence[int],
         *,
@@ -276,8 +308,7 @@ class _Call:
         self.tiling, self.tensors = tiling, inputs
         query, key, value, rpb, additional_keys, additional_values = inputs
         tokens = (query, key, value, additional_keys, additional_values, *outputs)
-        layouts = [(x.shape, x.stride()) for x in tokens if x is not None]
-        layouts += [(shape, _contiguous_strides(shape)) for shape in results]
+        layouts = [(x.shape, x.stride()) for x in tokens if x is not None] + list(results)
         self.lengths, self.dilation = opaque(query.shape[1:-2]), opaque(dilation)
         self.tiles = count_tiles(query.shape[1:-2], dilation, tiling.tile) * query.shape[0]
         self.tokens = prod(query.shape[1:-2])
@@ -320,6 +351,10 @@ class _Call:
 
 def _channels(count: int) -> Channels:
     return Channels(count, max(16, triton.next_power_of_2(count)))
+
+
+def _contiguous_layout(shape: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    return shape, _contiguous_strides(shape)
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
