@@ -82,7 +82,7 @@ def create(
     out_indices: Sequence[int] | None = None,
     **overrides: object,
 ) -> NAT | NATFeatures:
-    """Makes a published model, with random weights.
+    """Makes a published model, with random weights; :func:`load_checkpoint` loads released ones.
 
     Args:
         name: One of :func:`list_models`. Names ending in `384` are meant for images of 384 x 384 pixels, the others for
