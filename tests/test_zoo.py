@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections import Counter
 from dataclasses import replace
 from math import prod
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from natten2 import models
-from natten2.models import NAT, NATConfig, NATFeatures, create, list_models
+from natten2.models import NAT, NATConfig, NATFeatures, _timm, create, list_models
 from natten2.models.block import Block, DropPath
 from natten2.models.zoo import CONFIGS
 
@@ -243,3 +245,45 @@ def test_every_model_compiles_by_inductor(name: str) -> None:
     model, size = create(name).eval(), MODELS[name]["input_size"]
     with torch.no_grad():
         check_compiled(model, torch.randn(1, 3, size, size), "inductor", tolerance=1e-4)
+
+
+class Registry:
+    """A stand-in for `timm.models`, whose decorator keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, object] = {}
+
+    def register_model(self, entry: object) -> object:
+        # What timm reads of a function: its name, and the module that it adds the name to.
+        assert isinstance(sys.modules[entry.__module__].__all__, list)
+        self.entries[entry.__name__] = entry
+        return entry
+
+
+def test_timm_gets_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry()
+    monkeypatch.setitem(sys.modules, "timm", registry)
+    monkeypatch.setitem(sys.modules, "timm.models", registry)
+    _timm.register()
+    assert sorted(registry.entries) == sorted(MODELS)
+    entry = registry.entries["dinat_tiny"]
+    with torch.device("meta"):
+        model = entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, num_classes=7)
+        features = entry(features_only=True, out_indices=(1, 2))
+    assert model.config == replace(CONFIGS["dinat_tiny"], num_classes=7)
+    assert features.channels == (128, 256)
+    with pytest.raises(ValueError, match="pretrained must be False for dinat_tiny"):
+        entry(pretrained=True)
+
+
+def test_a_timm_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.warns(UserWarning, match="natten2's models are not in timm's registry, since timm fails"):
+        _timm.register()
+
+
+def test_timm_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _timm.register()
+    assert "timm" not in sys.modules
