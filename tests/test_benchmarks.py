@@ -21,7 +21,8 @@ from benchmarks.compare import WrongResultError, check, compare
 from benchmarks.cpu_plot import roof
 from benchmarks.floors import Rates
 from benchmarks.implementations import DEFAULT_NAMES, IMPLEMENTATIONS, OURS, Implementation
-from benchmarks.memory import LAYERS, SwinLayer, measure_memory
+from benchmarks.memory import LAYERS, measure_memory
+from benchmarks.swin import SwinLayer
 from benchmarks.timing import Settings, interleave, ratio, region_seconds, sample, threads
 
 _SMALL = next(case for case in CASES if case.name == "small")
