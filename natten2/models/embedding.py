@@ -63,6 +63,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        # Also by nothing, so that one graph serves every size.
         bottom, right = (-length % self.patch_size for length in images.shape[2:])
         images = functional.pad(images, (0, right, 0, bottom))
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
