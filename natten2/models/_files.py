@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from argparse import Namespace
 from os import PathLike, fspath
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -64,7 +65,9 @@ def read(path: Path) -> object:
     if path.suffix == ".safetensors" or (start[:2] != b"PK" and start[_LENGTH_BYTES:] == b"{"):
         return _read_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Training programs save their options too.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle may fail anywhere.
     except Exception as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: {_reason(error)}") from error
