@@ -34,7 +34,15 @@ def gather_attention(
     return output
 
 
-def swin_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: int, scale: float) -> Tensor:
+def swin_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: int,
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Swin's window attention, not fused: `softmax(scale * Q K^T + bias) V` in blocks (arXiv 2103.14030, equation 4).
 
     Partitioning copies query, key, and value once each, reversing copies the output once. It equals neighborhood
@@ -46,6 +54,7 @@ def swin_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
             position plus `window - 1`.
         window: Side of a block.
         scale: Factor of the dot products.
+        mask: What is added to the scores of each block, `[blocks, window * window, window * window]`.
 
     Returns:
         The output, in the shape of `query`.
@@ -54,15 +63,27 @@ def swin_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
     scores = blocks[0] @ blocks[1].transpose(-2, -1)
     if rpb is not None:
         scores = scores + _expand_bias(rpb, window)
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     return reverse(scores.softmax(dim=-1) @ blocks[2], window, query.shape)
 
 
 def swin_sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: int,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`swin_attention` with PyTorch's fused attention on the blocks, which takes the bias as a mask."""
     blocks = [partition(tensor, window) for tensor in (query, key, value)]
     bias = None if rpb is None else _expand_bias(rpb, window).unsqueeze(0)
+    if mask is not None:
+        # The fused kernels take no fifth axis.
+        images = len(blocks[0]) // len(mask)
+        bias = (mask[:, None] if bias is None else mask[:, None] + bias).repeat(images, 1, 1, 1)
     output = torch.nn.functional.scaled_dot_product_attention(*blocks, attn_mask=bias, scale=scale)
     return reverse(output, window, query.shape)
 

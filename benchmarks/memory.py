@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import partition, reverse, swin_attention
 from benchmarks.compare import DTYPES
+from benchmarks.swin import SwinLayer
 from natten2.nn import NeighborhoodAttention2D
 
-__all__ = ["LAYERS", "Memory", "SwinLayer", "format_memory", "measure_memory", "step_bytes"]
+__all__ = ["LAYERS", "Memory", "format_memory", "in_a_process", "measure_memory", "peak_bytes", "step_bytes"]
 
 _ROOT = Path(__file__).parents[1]
 _CHANNELS, _HEADS, _WINDOW = 64, 2, 7
@@ -46,28 +46,6 @@ class Memory:
         return self.peak_bytes["natten2"] / self.peak_bytes["swin"]
 
 
-class SwinLayer(nn.Module):
-    """Swin's window attention with its two projections, `[B, height, width, channels]` to the same shape.
-
-    The input is partitioned and the result reversed, as in Swin itself, so query, key, and value are not copied for it.
-    """
-
-    def __init__(self, channels: int, heads: int, window: int) -> None:
-        super().__init__()
-        self.heads, self.window = heads, window
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.rpb = nn.Parameter(torch.zeros(heads, 2 * window - 1, 2 * window - 1))
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, input: Tensor) -> Tensor:
-        channels = input.shape[-1]
-        blocks = partition(input.unsqueeze(-2), self.window).view(-1, self.window, self.window, channels)
-        query, key, value = self.qkv(blocks).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        output = swin_attention(query, key, value, self.rpb, self.window, (channels // self.heads) ** -0.5)
-        shape = (*input.shape[:-1], 1, channels)
-        return reverse(self.proj(output.flatten(-2)), self.window, shape).squeeze(-2)
-
-
 LAYERS = {
     "natten2": lambda: NeighborhoodAttention2D(_CHANNELS, _HEADS, _WINDOW, rel_pos_bias=True),
     "swin": lambda: SwinLayer(_CHANNELS, _HEADS, _WINDOW),
@@ -80,7 +58,8 @@ def measure_memory(dtype: str, side: int = _SIDE, batch: int = _BATCH) -> Memory
     Raises:
         RuntimeError: The system isn't Linux, or doesn't let a process reset its peak.
     """
-    return Memory(dtype, batch, side, _CHANNELS, {name: _in_a_process(name, dtype, side, batch) for name in LAYERS})
+    steps = {name: in_a_process("benchmarks.memory", name, dtype, str(side), str(batch)) for name in LAYERS}
+    return Memory(dtype, batch, side, _CHANNELS, steps)
 
 
 def format_memory(results: Sequence[Memory]) -> str:
@@ -101,10 +80,28 @@ def step_bytes(name: str, dtype: str, side: int, batch: int) -> int:
     _step(layer, torch.randn(1, _WINDOW, _WINDOW, _CHANNELS, dtype=DTYPES[dtype]))
     layer.zero_grad()
     input = torch.randn(batch, side, side, _CHANNELS, dtype=DTYPES[dtype])
+    return peak_bytes(lambda: _step(layer, input))
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Bytes that this process, one of :func:`in_a_process`, holds at the peak of a step, more than before it."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    _step(layer, input)
+    step()
     return _status_bytes("VmHWM") - before
+
+
+def in_a_process(module: str, *arguments: str) -> int:
+    """The number that a module prints as a program, in a process that gives freed memory back at once.
+
+    Raises:
+        RuntimeError: The program fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=_ROOT, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"memory could not be measured, which only Linux allows: {done.stderr.strip()}")
+    return int(done.stdout)
 
 
 def _step(layer: nn.Module, input: Tensor) -> None:
@@ -115,14 +112,6 @@ def _step(layer: nn.Module, input: Tensor) -> None:
 def _status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _in_a_process(name: str, dtype: str, side: int, batch: int) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory", name, dtype, str(side), str(batch)]
-    done = subprocess.run(command, cwd=_ROOT, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"memory could not be measured, which only Linux allows: {done.stderr.strip()}")
-    return int(done.stdout)
 
 
 if __name__ == "__main__":

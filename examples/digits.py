@@ -25,7 +25,7 @@ from benchmarks.implementations import OURS
 from benchmarks.report import format_records
 from benchmarks.timing import threads
 from examples.digits_picture import draw
-from natten2.models.nat import NAT, NATConfig
+from natten2.models import NAT, NATConfig
 
 REQUIRED_ACCURACY = 0.97
 CONFIG = NATConfig(

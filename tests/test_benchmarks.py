@@ -21,7 +21,8 @@ from benchmarks.compare import WrongResultError, check, compare
 from benchmarks.cpu_plot import roof
 from benchmarks.floors import Rates
 from benchmarks.implementations import DEFAULT_NAMES, IMPLEMENTATIONS, OURS, Implementation
-from benchmarks.memory import LAYERS, SwinLayer, measure_memory
+from benchmarks.memory import LAYERS, measure_memory
+from benchmarks.swin import SwinLayer
 from benchmarks.timing import Settings, interleave, ratio, region_seconds, sample, threads
 
 _SMALL = next(case for case in CASES if case.name == "small")
@@ -358,7 +359,7 @@ def test_memory_is_that_of_the_step():
 
 
 def test_cpu_reports_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("benchmarks.memory._in_a_process", lambda name, *_: {"natten2": 3, "swin": 4}[name] << 20)
+    monkeypatch.setattr("benchmarks.memory.in_a_process", lambda _, name, *__: {"natten2": 3, "swin": 4}[name] << 20)
     path = tmp_path / "cpu.json"
     main(["cpu", "--case", "--dtype", "float32", "--memory", "--json", str(path)])
     assert "takes 3.0 MiB, 75% of Swin's 4.0 MiB" in capsys.readouterr().out

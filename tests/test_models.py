@@ -1,29 +1,35 @@
-"""NAT: names and shapes of the released checkpoints, padding, regularization, errors, and compilation."""
+"""NAT and its kin: the equations, padding, feature pyramids, regularization, errors, and compilation."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from natten2.models import NAT, NATConfig, nat_base, nat_mini, nat_small, nat_tiny
-from natten2.models.nat import DropPath
+from natten2.models import NAT, NATConfig, NATFeatures, nat_tiny
+from natten2.models.block import DropPath
+from natten2.models.nat import Backbone
 from natten2.ops import reference
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "nat_state_dicts.json").read_text())
-MODELS = {"nat_mini": nat_mini, "nat_tiny": nat_tiny, "nat_small": nat_small, "nat_base": nat_base}
 SMALL = NATConfig(depths=(2, 1), num_heads=(2, 4), embed_dim=8, kernel_size=3, in_chans=1, num_classes=5)
+ONE_LEVEL = {"depths": (2,), "num_heads": 2}
 
 
 def make(config: NATConfig = SMALL, **changes: object) -> NAT:
-    """A model in float64 and in training mode whose every parameter matters."""
+    return randomize(NAT(replace(config, **changes)))
+
+
+def make_features(out_indices: tuple[int, ...] | None = None, **changes: object) -> NATFeatures:
+    return randomize(NATFeatures(replace(SMALL, **changes), out_indices))
+
+
+def randomize(model: Backbone) -> Backbone:
+    """The model in float64 and in training mode, with weights that all matter."""
     torch.manual_seed(0)
-    model = NAT(replace(config, **changes)).double()
+    model.double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -32,38 +38,6 @@ def make(config: NATConfig = SMALL, **changes: object) -> NAT:
 def make_images(height: int, width: int, batch: int = 2) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, 1, height, width, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_those_of_the_released_checkpoint(name: str) -> None:
-    with torch.device("meta"):
-        model = MODELS[name]()
-    shapes = [(key, list(tensor.shape)) for key, tensor in model.state_dict().items()]
-    assert shapes == list(GOLDEN[name]["state_dict"].items())
-    assert sum(parameter.numel() for parameter in model.parameters()) == GOLDEN[name]["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("name", "rate", "layer_scale"),
-    [("nat_mini", 0.2, None), ("nat_tiny", 0.2, None), ("nat_small", 0.3, 1e-5), ("nat_base", 0.5, 1e-5)],
-)
-def test_published_rates(name: str, rate: float, layer_scale: float | None) -> None:
-    with torch.device("meta"):
-        model = MODELS[name]()
-    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
-    assert rates == pytest.approx([rate * index / (len(rates) - 1) for index in range(len(rates))])
-    assert (model.config.layer_scale, model.config.kernel_size) == (layer_scale, 7)
-
-
-def test_builders_take_every_field_of_the_config() -> None:
-    with torch.device("meta"):
-        model = nat_tiny(0, in_chans=1, depths=(1, 1, 1, 1), dilations=[2, [1], 1, 1], qkv_bias=False)
-    assert isinstance(model.head, nn.Identity)
-    assert model.patch_embed.proj[0].in_channels == 1
-    assert model.levels[0].blocks[0].attn.dilation == (2, 2)
-    assert model.levels[0].blocks[0].attn.qkv.bias is None
-    with pytest.raises(TypeError, match="windows"):
-        nat_tiny(windows=7)
 
 
 def test_initial_weights() -> None:
@@ -95,19 +69,55 @@ def expected_attention(attn: nn.Module, tokens: Tensor, dilation: int) -> Tensor
     return output.reshape(padded.shape)[:, :height, :width] @ attn.proj.weight.T + attn.proj.bias
 
 
-def expected_logits(model: NAT, images: Tensor) -> Tensor:
-    """The model's equations, written out for a model without dropout."""
-    tokens = model.patch_embed.norm(model.patch_embed.proj(images).movedim(1, -1))
-    dilations = model.config.dilations or [[1] * depth for depth in model.config.depths]
-    for level, level_dilations in zip(model.levels, dilations, strict=True):
-        for block, dilation in zip(level.blocks, level_dilations, strict=True):
-            gammas = (1, 1) if model.config.layer_scale is None else (block.gamma1, block.gamma2)
+def filled_up(tensor: Tensor, multiple: int) -> Tensor:
+    """`[B, H, W, C]` with zeros below and to the right, to whole multiples."""
+    batch, height, width, channels = tensor.shape
+    height, width = (length + -length % multiple for length in (height, width))
+    padded = tensor.new_zeros(batch, height, width, channels)
+    padded[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    return padded
+
+
+def expected_embedding(embedding: nn.Module, images: Tensor, patch_size: int | None) -> Tensor:
+    if patch_size is None:
+        return embedding.norm(embedding.proj(images).movedim(1, -1))
+    pixels = filled_up(images.movedim(1, -1), patch_size).unfold(1, patch_size, patch_size)
+    patches = pixels.unfold(2, patch_size, patch_size)  # [B, H, W, channels, rows, columns]
+    return embedding.norm(torch.einsum("bhwcij,ocij->bhwo", patches, embedding.proj.weight) + embedding.proj.bias)
+
+
+def expected_next_level(downsample: nn.Module, tokens: Tensor, patch_size: int | None) -> Tensor:
+    if patch_size is None:
+        return downsample.norm(downsample.reduction(tokens.movedim(-1, 1)).movedim(1, -1))
+    filled = filled_up(tokens, 2)
+    merged = [filled[:, 0::2, 0::2], filled[:, 1::2, 0::2], filled[:, 0::2, 1::2], filled[:, 1::2, 1::2]]
+    return downsample.norm(torch.cat(merged, -1)) @ downsample.reduction.weight.T
+
+
+def expected_levels(model: Backbone, images: Tensor) -> list[Tensor]:
+    """The equations of the levels, written out for a model without dropout."""
+    config = model.config
+    tokens = expected_embedding(model.patch_embed, images, config.patch_size)
+    dilations = config.dilations or [[1] * depth for depth in config.depths]
+    if config.patch_size is not None and len(config.depths) == 1:
+        levels = [(model.layers, None)]
+    else:
+        levels = [(level.blocks, level.downsample) for level in (model.layers if config.patch_size else model.levels)]
+    outputs = []
+    for (blocks, downsample), level_dilations in zip(levels, dilations, strict=False):  # levels may be left out
+        for block, dilation in zip(blocks, level_dilations, strict=True):
+            gammas = (1, 1) if config.layer_scale is None else (block.gamma1, block.gamma2)
             tokens = tokens + gammas[0] * expected_attention(block.attn, block.norm1(tokens), dilation)
             hidden = nn.functional.gelu(block.mlp.fc1(block.norm2(tokens)))
             tokens = tokens + gammas[1] * block.mlp.fc2(hidden)
-        if level is not model.levels[-1]:
-            tokens = level.downsample.norm(level.downsample.reduction(tokens.movedim(-1, 1)).movedim(1, -1))
-    return model.head(model.norm(tokens).flatten(1, 2).mean(1))
+        outputs.append(tokens)
+        if downsample is not None:
+            tokens = expected_next_level(downsample, tokens, config.patch_size)
+    return outputs
+
+
+def expected_logits(model: NAT, images: Tensor) -> Tensor:
+    return model.head(model.norm(expected_levels(model, images)[-1]).flatten(1, 2).mean(1))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +129,11 @@ def expected_logits(model: NAT, images: Tensor) -> Tensor:
         pytest.param((9, 32), {}, id="padded-below"),
         pytest.param((32, 7), {}, id="padded-right"),
         pytest.param((1, 1), {"kernel_size": 4, "qkv_bias": False}, id="one-pixel"),
+        pytest.param((31, 45), {"patch_size": 4}, id="patches-odd"),
+        pytest.param((33, 40), {"patch_size": 4, "dilations": ((1, 4), 2)}, id="patches-dilated-padded"),
+        pytest.param((1, 1), {"patch_size": 4}, id="patches-one-pixel"),
+        pytest.param((24, 17), {"patch_size": 5, **ONE_LEVEL, "dilations": ((1, 2),)}, id="isotropic"),
+        pytest.param((1, 1), {"patch_size": 16, **ONE_LEVEL}, id="isotropic-one-pixel"),
     ],
 )
 def test_logits_and_gradients_equal_the_equations(size: tuple[int, int], changes: dict[str, object]) -> None:
@@ -142,6 +157,50 @@ def test_small_maps_are_padded_around_the_attention_alone() -> None:
     tokens_after = tokens + block.attn(padded)[:, :3]
     expected = tokens_after + block.mlp(block.norm2(tokens_after))
     torch.testing.assert_close(block(tokens), expected, rtol=0, atol=0)
+
+
+FEATURES = {"depths": (2, 1, 1), "num_heads": (2, 4, 8)}
+
+
+@pytest.mark.parametrize("patch_size", [None, 4])
+@pytest.mark.parametrize("out_indices", [None, (0,), (2, 0), (1, -1)])
+def test_features_are_the_normed_levels(patch_size: int | None, out_indices: tuple[int, ...] | None) -> None:
+    model, images = make_features(out_indices, patch_size=patch_size, **FEATURES), make_images(45, 31)
+    levels = {None: (0, 1, 2), (0,): (0,), (2, 0): (0, 2), (1, -1): (1, 2)}[out_indices]
+    assert (model.out_indices, model.strides) == (levels, tuple(4 * 2**level for level in levels))
+    assert model.channels == tuple(8 * 2**level for level in levels)
+    outputs, expected = model(images), expected_levels(model, images)
+    assert len(outputs) == len(levels)
+    for output, level, channels, stride in zip(outputs, levels, model.channels, model.strides, strict=True):
+        assert output.shape == (2, channels, -(-45 // stride), -(-31 // stride))
+        tokens = getattr(model, f"norm{level}")(expected[level])
+        torch.testing.assert_close(output, tokens.movedim(-1, 1), rtol=1e-10, atol=1e-10)
+    sum(output.sum() for output in outputs).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_isotropic_model_has_one_map() -> None:
+    model = make_features(patch_size=16, **ONE_LEVEL)
+    (output,) = model(make_images(33, 64))
+    assert output.shape == (2, 8, 3, 4)
+    assert (model.channels, model.strides) == ((8,), (16,))
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "error", "message"),
+    [
+        ((), ValueError, r"out_indices must name some of 2 levels, each once, got \(\)"),
+        ((0, 0), ValueError, "each once"),
+        ((1, -1), ValueError, "each once"),
+        ((2,), ValueError, r"some of 2 levels, each once, got \(2,\)"),
+        ((-3,), ValueError, "some of 2 levels"),
+        (1, TypeError, "out_indices must be a sequence of integers, got 1"),
+        ((0.5,), TypeError, "out_indices must be an integer or a sequence of integers"),
+    ],
+)
+def test_features_refuse(out_indices: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        NATFeatures(SMALL, out_indices)
 
 
 def test_a_model_without_head_returns_the_mean_of_normed_tokens() -> None:
@@ -283,6 +342,8 @@ def test_lists_make_the_same_config() -> None:
         ({"embed_dim": 9}, ValueError, "embed_dim must be even, got 9"),
         ({"embed_dim": 0}, ValueError, "embed_dim must be at least 2, got 0"),
         ({"embed_dim": "8"}, TypeError, "embed_dim must be an integer, got '8'"),
+        ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
+        ({"patch_size": "4"}, TypeError, "patch_size must be an integer, got '4'"),
         ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
         ({"in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
         ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
