@@ -29,6 +29,10 @@ struct Interval {
 NATTEN2_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NATTEN2_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
+NATTEN2_HOST_DEVICE constexpr int64_t round_up(int64_t size, int64_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
 // a / b, at once where b is 1, as strides and dilations mostly are: divisions take longer than all else in this file.
 NATTEN2_HOST_DEVICE constexpr int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
 

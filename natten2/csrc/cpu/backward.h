@@ -44,16 +44,26 @@ class GradQueryOwner {
  public:
   using Acc = AccumulateType<Storage>;
 
-  static int64_t scratch_size(const Problem& problem) {
-    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim, group = group_size(problem);
-    const int64_t queries = tokens_together(problem) * group;
-    const int64_t additional =
-        problem.additional * (2 * head_dim + value_dim + queries) + kTransposed * larger(head_dim, value_dim);
-    return queries * (2 * head_dim + value_dim + most_slots(problem)) + 2 * group + head_dim + value_dim + additional +
-           RowSum<Acc>::scratch_size(group * head_dim);
-  }
-
-  GradQueryOwner(const Backward& args, void* memory) : GradQueryOwner(args, Scratch<Acc>(memory)) {}
+  GradQueryOwner(const Backward& args, Arena& arena)
+      : args_(args),
+        problem_(args.forward.problem),
+        group_(group_size(problem_)),
+        most_(most_slots(problem_)),
+        tokens_together_(natten2::cpu::tokens_together(problem_)),
+        query_(arena.take<Acc>(tokens_together_ * group_ * problem_.head_dim)),
+        grad_query_(arena.take<Acc>(tokens_together_ * group_ * problem_.head_dim)),
+        grad_output_(arena.take<Acc>(tokens_together_ * group_ * problem_.value_dim)),
+        grad_query_sum_(group_ * problem_.head_dim, arena),
+        key_row_(arena.take<Acc>(problem_.head_dim)),
+        value_row_(arena.take<Acc>(problem_.value_dim)),
+        weights_(arena.take<Acc>(tokens_together_ * group_ * most_)),
+        grad_weights_(arena.take<Acc>(tokens_together_ * group_ * problem_.additional)),
+        additional_keys_(arena.take<Acc>(problem_.additional * problem_.head_dim)),
+        keys_by_channel_(arena.take<Acc>(problem_.additional * problem_.head_dim)),
+        values_by_channel_(arena.take<Acc>(problem_.additional * problem_.value_dim)),
+        transposed_(arena.take<Acc>(kTransposed * larger(problem_.head_dim, problem_.value_dim))),
+        delta_(arena.take<Acc>(group_)),
+        logsumexp_(arena.take<Acc>(group_)) {}
 
   void start(int64_t batch, int64_t key_head) {
     batch_ = batch;
@@ -87,27 +97,6 @@ class GradQueryOwner {
   }
 
  private:
-  GradQueryOwner(const Backward& args, Scratch<Acc> scratch)
-      : args_(args),
-        problem_(args.forward.problem),
-        group_(group_size(problem_)),
-        most_(most_slots(problem_)),
-        tokens_together_(natten2::cpu::tokens_together(problem_)),
-        query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
-        grad_query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
-        grad_output_(scratch.take(tokens_together_ * group_ * problem_.value_dim)),
-        sum_memory_(scratch.take(RowSum<Acc>::scratch_size(group_ * problem_.head_dim))),
-        key_row_(scratch.take(problem_.head_dim)),
-        value_row_(scratch.take(problem_.value_dim)),
-        weights_(scratch.take(tokens_together_ * group_ * most_)),
-        grad_weights_(scratch.take(tokens_together_ * group_ * problem_.additional)),
-        additional_keys_(scratch.take(problem_.additional * problem_.head_dim)),
-        keys_by_channel_(scratch.take(problem_.additional * problem_.head_dim)),
-        values_by_channel_(scratch.take(problem_.additional * problem_.value_dim)),
-        transposed_(scratch.take(kTransposed * larger(problem_.head_dim, problem_.value_dim))),
-        delta_(scratch.take(group_)),
-        logsumexp_(scratch.take(group_)) {}
-
   // Writes the products of the queries' grad_output with the additional values.
   void differentiate_additional(int64_t queries) {
     const int64_t count = problem_.additional, channels = problem_.value_dim;
@@ -138,13 +127,11 @@ class GradQueryOwner {
       multiply_centered(grad_weights_ + (query + g) * additional, delta[g], weights + g * most, additional);
     }
 
-    Scratch<Acc> scratch(sum_memory_);
-    RowSum<Acc> grad_query(scratch, group * head_dim);
-    grad_query.clear();
+    grad_query_sum_.clear();
     for_each_slot<Storage>(args_.forward, near, key_head_, [&](int64_t slot, const Storage* key, const Storage* value) {
       const Acc* wide_key = widened(key, key_row_, head_dim);
       const Acc* wide_value = widened(value, value_row_, value_dim);
-      Acc* sum = grad_query.next();
+      Acc* sum = grad_query_sum_.next();
       for (int64_t g = 0; g < group; ++g) {
         Acc& weight = weights[g * most + slot];
         // From here on the gradient of the score takes the weight's place.
@@ -152,7 +139,7 @@ class GradQueryOwner {
         add_scaled(weight, wide_key, sum + g * head_dim, head_dim);
       }
     });
-    copy(grad_query.total(), grad_query_ + query * head_dim, group * head_dim);
+    copy(grad_query_sum_.total(), grad_query_ + query * head_dim, group * head_dim);
     if (!grad_rpb.data) return;
     for (int64_t g = 0; g < group; ++g)
       add_offsets(problem_, near, weights + g * most + additional,
@@ -169,7 +156,7 @@ class GradQueryOwner {
   Acc* query_;
   Acc* grad_query_;
   Acc* grad_output_;
-  Acc* sum_memory_;
+  RowSum<Acc> grad_query_sum_;
   Acc* key_row_;
   Acc* value_row_;
   Acc* weights_;
@@ -203,12 +190,15 @@ struct GradQueryPass {
   }
 
   static int64_t scratch_bytes(const Backward& args) {
-    return GradQueryOwner<Storage>::scratch_size(args.forward.problem) * sizeof(AccumulateType<Storage>);
+    Arena arena(nullptr);
+    GradQueryOwner<Storage>(args, arena);
+    return arena.used();
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.forward.problem;
-    GradQueryOwner<Storage> owner(args, scratch);
+    Arena arena(scratch);
+    GradQueryOwner<Storage> owner(args, arena);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_head = task / args.parts, part = task % args.parts;
       const BiasSums grad_rpb = sums(args, part);
@@ -237,12 +227,17 @@ class KeyOwner {
  public:
   using Acc = AccumulateType<Storage>;
 
-  static int64_t scratch_size(const Problem& problem) {
-    const int64_t size = problem.head_dim + problem.value_dim;
-    return 2 * size + RowSum<Acc>::scratch_size(size);
-  }
-
-  KeyOwner(const Backward& args, void* memory) : KeyOwner(args, Scratch<Acc>(memory)) {}
+  KeyOwner(const Backward& args, Arena& arena)
+      : args_(args),
+        head_dim_(args.forward.problem.head_dim),
+        value_dim_(args.forward.problem.value_dim),
+        scale_(static_cast<Acc>(args.forward.problem.scale)),
+        key_(arena.take<Acc>(head_dim_)),
+        value_(arena.take<Acc>(value_dim_)),
+        query_row_(arena.take<Acc>(head_dim_)),
+        grad_row_(arena.take<Acc>(value_dim_)),
+        grads_(head_dim_ + value_dim_, arena),
+        weights_(arena.take<Acc>(most_found<Seek::kQueries>(args.forward.problem))) {}
 
   void start(const Storage* key, const Storage* value) {
     load(key, key_, head_dim_);
@@ -272,22 +267,10 @@ class KeyOwner {
     store(total + head_dim_, grad_value, value_dim_);
   }
 
-  // Room for the weights of the queries, behind the rest of the scratch memory.
+  // Room for the weights of the queries.
   Acc* weights() const { return weights_; }
 
  private:
-  KeyOwner(const Backward& args, Scratch<Acc> scratch)
-      : args_(args),
-        head_dim_(args.forward.problem.head_dim),
-        value_dim_(args.forward.problem.value_dim),
-        scale_(static_cast<Acc>(args.forward.problem.scale)),
-        key_(scratch.take(head_dim_)),
-        value_(scratch.take(value_dim_)),
-        query_row_(scratch.take(head_dim_)),
-        grad_row_(scratch.take(value_dim_)),
-        grads_(scratch, head_dim_ + value_dim_),
-        weights_(scratch.next) {}
-
   const Backward& args_;
   const int64_t head_dim_;
   const int64_t value_dim_;
@@ -301,13 +284,12 @@ class KeyOwner {
 };
 
 template <class Storage>
-void backward_key_value(const Backward& args, const Token& token, int64_t key_head, void* scratch) {
+void backward_key_value(const Backward& args, const Token& token, int64_t key_head, KeyOwner<Storage>& owner) {
   using Acc = AccumulateType<Storage>;
   const Forward& forward = args.forward;
   const Problem& problem = forward.problem;
   const int64_t group = group_size(problem), dilation = problem.axes[kAxes - 1].dilation;
   const Neighborhood near = neighborhood<Seek::kQueries>(problem, token);
-  KeyOwner<Storage> owner(args, scratch);
   owner.start(at<Storage>(forward.key, token, key_head), at<Storage>(forward.value, token, key_head));
   for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
     const Acc* rpb = static_cast<const Acc*>(forward.rpb);
@@ -345,15 +327,17 @@ struct GradKeyValuePass {
   }
 
   static int64_t scratch_bytes(const Backward& args) {
-    const Problem& problem = args.forward.problem;
-    return (KeyOwner<Storage>::scratch_size(problem) + most_found<Seek::kQueries>(problem)) *
-           sizeof(AccumulateType<Storage>);
+    Arena arena(nullptr);
+    KeyOwner<Storage>(args, arena);
+    return arena.used();
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
+    Arena arena(scratch);
+    KeyOwner<Storage> owner(args, arena);
     for (int64_t task = begin; task < end; ++task)
       for_each_token_and_key_head(args.forward.problem, task, [&](const Token& token, int64_t key_head) {
-        backward_key_value<Storage>(args, token, key_head, scratch);
+        backward_key_value(args, token, key_head, owner);
       });
   }
 };
@@ -366,13 +350,21 @@ class AdditionalOwner {
 
   static constexpr int64_t kMost = 32;
 
-  static int64_t scratch_size(const Problem& problem) {
-    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
-    return (2 * kMost + kQueries) * (head_dim + value_dim) + kQueries * (2 * kMost + 2) +
-           kTransposed * larger(head_dim, value_dim);
-  }
-
-  AdditionalOwner(const Backward& args, void* memory) : AdditionalOwner(args, Scratch<Acc>(memory)) {}
+  AdditionalOwner(const Backward& args, Arena& arena)
+      : args_(args),
+        head_dim_(args.forward.problem.head_dim),
+        value_dim_(args.forward.problem.value_dim),
+        keys_(arena.take<Acc>(kMost * head_dim_)),
+        values_(arena.take<Acc>(kMost * value_dim_)),
+        grad_keys_(arena.take<Acc>(kMost * head_dim_)),
+        grad_values_(arena.take<Acc>(kMost * value_dim_)),
+        query_(arena.take<Acc>(kQueries * head_dim_)),
+        grad_output_(arena.take<Acc>(kQueries * value_dim_)),
+        weights_(arena.take<Acc>(kQueries * kMost)),
+        grad_scores_(arena.take<Acc>(kQueries * kMost)),
+        logsumexp_(arena.take<Acc>(kQueries)),
+        delta_(arena.take<Acc>(kQueries)),
+        transposed_(arena.take<Acc>(kTransposed * larger(head_dim_, value_dim_))) {}
 
   void start(const AdditionalTokens& tokens) {
     tokens_ = tokens;
@@ -400,22 +392,6 @@ class AdditionalOwner {
  private:
   // Queries are collected and done together.
   static constexpr int64_t kQueries = 128;
-
-  AdditionalOwner(const Backward& args, Scratch<Acc> scratch)
-      : args_(args),
-        head_dim_(args.forward.problem.head_dim),
-        value_dim_(args.forward.problem.value_dim),
-        keys_(scratch.take(kMost * head_dim_)),
-        values_(scratch.take(kMost * value_dim_)),
-        grad_keys_(scratch.take(kMost * head_dim_)),
-        grad_values_(scratch.take(kMost * value_dim_)),
-        query_(scratch.take(kQueries * head_dim_)),
-        grad_output_(scratch.take(kQueries * value_dim_)),
-        weights_(scratch.take(kQueries * kMost)),
-        grad_scores_(scratch.take(kQueries * kMost)),
-        logsumexp_(scratch.take(kQueries)),
-        delta_(scratch.take(kQueries)),
-        transposed_(scratch.take(kTransposed * larger(head_dim_, value_dim_))) {}
 
   void flush() {
     const int64_t count = tokens_.count;
@@ -469,13 +445,16 @@ struct GradAdditionalPass {
   }
 
   static int64_t scratch_bytes(const Backward& args) {
-    return Owner::scratch_size(args.forward.problem) * sizeof(AccumulateType<Storage>);
+    Arena arena(nullptr);
+    Owner(args, arena);
+    return arena.used();
   }
 
   static void run(const Backward& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.forward.problem;
     const int64_t group = group_size(problem), blocks = blocks_per_image(problem);
-    Owner owner(args, scratch);
+    Arena arena(scratch);
+    Owner owner(args, arena);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % tiles(problem) * Owner::kMost;
       const int64_t batch = task / tiles(problem) / problem.key_heads;

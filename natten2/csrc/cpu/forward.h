@@ -129,15 +129,21 @@ class QueryOwner {
  public:
   using Acc = AccumulateType<Storage>;
 
-  static int64_t scratch_size(const Problem& problem) {
-    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim, group = group_size(problem);
-    const int64_t queries = tokens_together(problem) * group;
-    const int64_t additional = problem.additional * (head_dim + value_dim) + kTransposed * head_dim;
-    return queries * (head_dim + value_dim + most_slots(problem)) + RowSum<Acc>::scratch_size(group * value_dim) +
-           larger(head_dim, value_dim) + group + additional;
-  }
-
-  QueryOwner(const Forward& args, void* memory) : QueryOwner(args, Scratch<Acc>(memory)) {}
+  QueryOwner(const Forward& args, Arena& arena)
+      : args_(args),
+        problem_(args.problem),
+        group_(group_size(problem_)),
+        most_(most_slots(problem_)),
+        tokens_together_(natten2::cpu::tokens_together(problem_)),
+        query_(arena.take<Acc>(tokens_together_ * group_ * problem_.head_dim)),
+        output_(arena.take<Acc>(tokens_together_ * group_ * problem_.value_dim)),
+        output_sum_(group_ * problem_.value_dim, arena),
+        row_(arena.take<Acc>(larger(problem_.head_dim, problem_.value_dim))),
+        weights_(arena.take<Acc>(tokens_together_ * group_ * most_)),
+        additional_keys_(arena.take<Acc>(problem_.additional * problem_.head_dim)),
+        additional_values_(arena.take<Acc>(problem_.additional * problem_.value_dim)),
+        transposed_(arena.take<Acc>(kTransposed * problem_.head_dim)),
+        logsumexp_(arena.take<Acc>(group_)) {}
 
   void start(int64_t batch, int64_t key_head) {
     key_head_ = key_head;
@@ -160,22 +166,6 @@ class QueryOwner {
   }
 
  private:
-  QueryOwner(const Forward& args, Scratch<Acc> scratch)
-      : args_(args),
-        problem_(args.problem),
-        group_(group_size(problem_)),
-        most_(most_slots(problem_)),
-        tokens_together_(natten2::cpu::tokens_together(problem_)),
-        query_(scratch.take(tokens_together_ * group_ * problem_.head_dim)),
-        output_(scratch.take(tokens_together_ * group_ * problem_.value_dim)),
-        sum_memory_(scratch.take(RowSum<Acc>::scratch_size(group_ * problem_.value_dim))),
-        row_(scratch.take(larger(problem_.head_dim, problem_.value_dim))),
-        weights_(scratch.take(tokens_together_ * group_ * most_)),
-        additional_keys_(scratch.take(problem_.additional * problem_.head_dim)),
-        additional_values_(scratch.take(problem_.additional * problem_.value_dim)),
-        transposed_(scratch.take(kTransposed * problem_.head_dim)),
-        logsumexp_(scratch.take(group_)) {}
-
   // Finishes the weights of one token's queries, and sums the values of their window.
   void run_window(const Token& token, const Acc* query, Acc* weights, Acc* output) {
     const int64_t group = group_, most = most_, value_dim = problem_.value_dim;
@@ -187,15 +177,13 @@ class QueryOwner {
       for (int64_t g = 0; g < group; ++g) logsumexp_[g] = softmax(weights + g * most, slots);
     for (int64_t g = 0; g < group; ++g) *at<Acc>(args_.logsumexp, token, key_head_ * group + g) = logsumexp_[g];
 
-    Scratch<Acc> scratch(sum_memory_);
-    RowSum<Acc> output_sum(scratch, group * value_dim);
-    output_sum.clear();
+    output_sum_.clear();
     for_each_slot<Storage>(args_, near, key_head_, [&](int64_t slot, const Storage*, const Storage* value) {
       const Acc* wide = widened(value, row_, value_dim);
-      Acc* sum = output_sum.next();
+      Acc* sum = output_sum_.next();
       for (int64_t g = 0; g < group; ++g) add_scaled(weights[g * most + slot], wide, sum + g * value_dim, value_dim);
     });
-    copy(output_sum.total(), output, group * value_dim);
+    copy(output_sum_.total(), output, group * value_dim);
   }
 
   const Forward& args_;
@@ -206,7 +194,7 @@ class QueryOwner {
   int64_t key_head_ = 0;
   Acc* query_;
   Acc* output_;
-  Acc* sum_memory_;
+  RowSum<Acc> output_sum_;
   Acc* row_;
   Acc* weights_;
   Acc* additional_keys_;  // by channel
@@ -228,13 +216,16 @@ struct ForwardPass {
   }
 
   static int64_t scratch_bytes(const Forward& args) {
-    return QueryOwner<Storage>::scratch_size(args.problem) * sizeof(AccumulateType<Storage>);
+    Arena arena(nullptr);
+    QueryOwner<Storage>(args, arena);
+    return arena.used();
   }
 
   static void run(const Forward& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t blocks = blocks_per_image(problem);
-    QueryOwner<Storage> owner(args, scratch);
+    Arena arena(scratch);
+    QueryOwner<Storage> owner(args, arena);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t batch = task / blocks / problem.key_heads, key_head = task / blocks % problem.key_heads;
       if (task == begin || task % blocks == 0) owner.start(batch, key_head);

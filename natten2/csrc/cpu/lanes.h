@@ -23,8 +23,6 @@ using LaneInts [[gnu::vector_size(kLanes * sizeof(int32_t))]] = int32_t;
 using LaneBits [[gnu::vector_size(kLanes * sizeof(uint32_t))]] = uint32_t;
 using LaneShorts [[gnu::vector_size(kLanes * sizeof(uint16_t))]] = uint16_t;
 
-constexpr int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
 // Subtracting zero changes no number, so that the compiler leaves a plain broadcast.
 inline Lanes splat(float x) { return x - Lanes{}; }
 

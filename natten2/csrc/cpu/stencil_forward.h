@@ -41,7 +41,7 @@ class StencilForward {
     for_each_row_tile(problem_, height, depth, p0, rows, [&](const RowTile& tile) { run_tile(tile); });
   }
 
- private:
+  // The rest is public for a benchmark, which times these one by one.
   void run_tile(const RowTile& tile) {
     walk_.find_key_rows(tile, [&](const SheetWalk::KeyRow& row) {
       const int64_t count = walk_.columns.keys();
@@ -141,6 +141,7 @@ class StencilForward {
                  });
   }
 
+ private:
   template <class T>
   T* row_of(const View& view, const RowTile& tile, int r) const {
     return static_cast<T*>(view.data) + walk_.row_offset(view, tile.p0, tile.p1[r], tile.head[r]);

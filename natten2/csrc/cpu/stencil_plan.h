@@ -2,30 +2,12 @@
 // stand side by side, as columns, so that rows shorter than a vector fill it. A block is a vector of query columns.
 #pragma once
 
+#include "arena.h"
 #include "stencil_tile.h"
 #include "traverse.h"
 
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
-
-// Scratch memory handed out piece by piece; without memory, it counts what would be needed.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += round_up(count * sizeof(T), 64);
-    return piece;
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // Forward, a sheet computes what it owns. Backward, it visits every query that sees a key of its own as well.
 enum class Visit { kOwned, kSeeing };

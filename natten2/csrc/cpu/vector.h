@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include "arena.h"
 #include "scalar.h"
 
 namespace natten2::cpu {
@@ -158,28 +159,12 @@ inline Acc maximum(const Acc* x, int64_t n) {
   return result;
 }
 
-// Scratch memory, handed out piece by piece.
-template <class Acc>
-struct Scratch {
-  Acc* next;
-
-  explicit Scratch(void* memory) : next(static_cast<Acc*>(memory)) {}
-
-  Acc* take(int64_t size) {
-    Acc* piece = next;
-    next += size;
-    return piece;
-  }
-};
-
 // A sum of many rows, taken in blocks: rounding errors grow with the length of a block and the number of blocks, not
 // with the number of rows.
 template <class Acc>
 class RowSum {
  public:
-  static int64_t scratch_size(int64_t size) { return 2 * size; }
-
-  RowSum(Scratch<Acc>& scratch, int64_t size) : size_(size), block_(scratch.take(size)), total_(scratch.take(size)) {}
+  RowSum(int64_t size, Arena& arena) : size_(size), block_(arena.take<Acc>(size)), total_(arena.take<Acc>(size)) {}
 
   void clear() {
     rows_ = 0;
