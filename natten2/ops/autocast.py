@@ -8,6 +8,8 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from natten2.ops.schemas import LIBRARY, na_forward
 
+__all__ = ["cast_inputs"]
+
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
 
@@ -17,26 +19,31 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype) if eligible else tensor
 
 
+def cast_inputs(
+    device_type: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The inputs of `natten2::na_forward` in the dtype that autocast has chosen for the device."""
+    dtype = torch.get_autocast_dtype(device_type)
+    # A float32 bias is added in float32 by every kernel: rounding it would only lose precision.
+    if rpb is not None and rpb.dtype is not torch.float32:
+        rpb = _cast(rpb, dtype)
+    query, key, value = _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)
+    return query, key, value, rpb, _cast(additional_keys, dtype), _cast(additional_values, dtype)
+
+
 def _register(device_type: str, key: str) -> None:
     below = DispatchKeySet(getattr(DispatchKey, key))
 
-    def autocast(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        *parameters: object,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)
-        additional_keys, additional_values = _cast(additional_keys, dtype), _cast(additional_values, dtype)
-        # A float32 bias is added in float32 by every kernel: rounding it would only lose precision.
-        if rpb is not None and rpb.dtype is not torch.float32:
-            rpb = _cast(rpb, dtype)
+    def autocast(*args: object) -> tuple[Tensor, Tensor]:
+        inputs = cast_inputs(device_type, *args[:6])
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return na_forward(query, key, value, rpb, additional_keys, additional_values, *parameters)
+            return na_forward(*inputs, *args[6:])
 
     LIBRARY.impl("na_forward", autocast, key)
 
