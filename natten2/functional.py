@@ -6,7 +6,7 @@ Transformer (arXiv 2209.15001) the dilation, Generalized Neighborhood Attention 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -222,6 +222,7 @@ def _neighborhood_attention(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     return_lse: bool,
+    operator: Callable[..., tuple[Tensor, Tensor]] = na_forward,
 ) -> Tensor | tuple[Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
@@ -231,7 +232,7 @@ def _neighborhood_attention(
         scale = default_scale(query)
     elif not is_real(scale):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    output, logsumexp = na_forward(
+    output, logsumexp = operator(
         query,
         key,
         value,

@@ -1,4 +1,4 @@
-"""Autocast: the operator runs in the dtype that is active when it is called."""
+"""Autocast: an operator runs in the dtype that is active when it is called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from natten2.ops.schemas import LIBRARY, na_forward, na_qkv_forward
+
+__all__ = ["cast_inputs"]
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
@@ -17,18 +19,24 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
+def cast_inputs(op: torch._ops.OpOverload, device_type: str, *args: object) -> tuple[object, ...]:
+    """The first arguments of `op`, in the dtype that autocast has chosen for the device."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def prepare(name: str, arg: object) -> object:
+        # A float32 bias is added in float32 by every kernel: rounding it would only lose precision.
+        is_wide_bias = name == "rpb" and arg is not None and arg.dtype is torch.float32
+        return arg if is_wide_bias or not isinstance(arg, Tensor) else _cast(arg, dtype)
+
+    return tuple(prepare(parameter.name, arg) for parameter, arg in zip(op._schema.arguments, args, strict=False))
+
+
 def _register(op: torch._ops.OpOverload, device_type: str, key: str) -> None:
     below = DispatchKeySet(getattr(DispatchKey, key))
-    bias = [argument.name for argument in op._schema.arguments].index("rpb")
 
-    def autocast(*args: object) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [_cast(arg, dtype) if isinstance(arg, Tensor) else arg for arg in args]
-        # A float32 bias is added in float32 by every kernel: rounding it would only lose precision.
-        if args[bias] is not None and args[bias].dtype is torch.float32:
-            cast[bias] = args[bias]
+    def autocast(*args: object) -> object:
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return op(*cast)
+            return op(*cast_inputs(op, device_type, *args))
 
     LIBRARY.impl(op._schema.name, autocast, key)
 

@@ -20,6 +20,7 @@ __all__ = [
     "accumulate_dtype",
     "call_backend",
     "check_backward",
+    "check_fit",
     "check_forward",
     "check_qkv_backward",
     "check_qkv_forward",
@@ -69,7 +70,7 @@ def check_forward(
         _check_kind(name, tensor, query, (query.dtype,))
     _check_shapes(query, key, value, rank)
     check_window(kernel_size, stride, dilation)
-    _check_fit(query.shape[1:-2], kernel_size, dilation)
+    check_fit(query.shape[1:-2], kernel_size, dilation)
     if rpb is not None:
         _check_rpb(rpb, query, kernel_size)
     if additional_keys is not None or additional_values is not None:
@@ -225,7 +226,12 @@ def check_window(kernel_size: Sequence[int], stride: Sequence[int], dilation: Se
             raise ValueError(f"dilation must be at least 1, got {gap} on axis {axis}")
 
 
-def _check_fit(spatial: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
+def check_fit(spatial: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
+    """Checks that windows fit in the axes.
+
+    Raises:
+        ValueError: They don't.
+    """
     for axis, (length, window, gap) in enumerate(zip(spatial, kernel_size, dilation, strict=True)):
         # Unlike an `if`, this becomes a run-time check when the length is not known while tracing.
         torch._check_value(window * gap <= length, lambda: _too_large(window, gap, length, axis))  # noqa: B023

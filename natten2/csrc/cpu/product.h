@@ -1,6 +1,8 @@
 // Products of matrices that fit in the nearest caches, in tiles that fit in registers.
 #pragma once
 
+#include <cmath>
+
 #include "traverse.h"
 #include "vector.h"
 
@@ -28,6 +30,17 @@ struct Product {
   bool add;
 };
 
+// Left to itself the compiler fuses in some tiles and not in others, and a query's result would depend on which others
+// are computed beside it.
+template <class Acc>
+inline Acc multiply_add(Acc a, Acc b, Acc c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <int kRows, int kColumns, class Acc>
 inline void compute_tile(const Product<Acc>& product, int64_t row, int64_t column) {
   const int64_t left_row = product.left_row, left_depth = product.left_depth, right_depth = product.right_depth;
@@ -39,7 +52,7 @@ inline void compute_tile(const Product<Acc>& product, int64_t row, int64_t colum
     for (int r = 0; r < kRows; ++r) {
       const Acc factor = left[r * left_row];
 #pragma omp simd
-      for (int c = 0; c < kColumns; ++c) tile[r][c] += factor * right[c];
+      for (int c = 0; c < kColumns; ++c) tile[r][c] = multiply_add(factor, right[c], tile[r][c]);
     }
   }
   for (int r = 0; r < kRows; ++r) {

@@ -1,0 +1,33 @@
+"""Runs a function on several processes that form a process group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+
+def run_on(processes: int, function: Callable[..., None], directory: Path, *args: object) -> None:
+    """Calls `function(*args)` on every process, in a gloo group that meets in the empty `directory`.
+
+    Processes are forked off one that has imported all that is slow to import.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["natten2.distributed", "torch.testing"])
+    start_processes(_run, (processes, function, directory / "store", args), nprocs=processes, start_method="forkserver")
+
+
+def _run(rank: int, processes: int, function: Callable[..., None], store: Path, args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    try:
+        function(*args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
