@@ -61,5 +61,5 @@ class NeighborhoodAttentionBackward:
         return (*(None if tensor is None else next(second) for tensor in tensors), *(None,) * _NUM_PARAMETERS)
 
 
-register_differentiable(LIBRARY, na_forward, NeighborhoodAttention)
-register_differentiable(LIBRARY, na_backward, NeighborhoodAttentionBackward)
+register_differentiable(LIBRARY, na_forward, NeighborhoodAttention, reference.na_forward)
+register_differentiable(LIBRARY, na_backward, NeighborhoodAttentionBackward, reference.na_backward)

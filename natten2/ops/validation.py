@@ -15,7 +15,7 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward
 
-__all__ = ["DTYPES", "accumulate_dtype", "call_backend", "check_backward", "check_forward", "check_window"]
+__all__ = ["CHECKS", "DTYPES", "accumulate_dtype", "call_backend", "check_backward", "check_forward", "check_window"]
 
 _ACCUMULATE_DTYPES = {
     torch.float32: torch.float32,
@@ -225,7 +225,7 @@ def _check_additional(
         )
 
 
-_CHECKS = {na_forward: check_forward, na_backward: check_backward}
+CHECKS = {na_forward: check_forward, na_backward: check_backward}
 
 
 def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: object) -> tuple[Tensor, ...]:
@@ -239,7 +239,7 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
         args: The operator's arguments.
     """
     keyset = keyset.remove(DispatchKey.BackendSelect)
-    check = _CHECKS[op]
+    check = CHECKS[op]
     if not keyset.has(DispatchKey.CPU):
         check(*args)
         return op.redispatch(keyset, *args)
@@ -250,5 +250,5 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
         raise
 
 
-for _op in _CHECKS:
+for _op in CHECKS:
     LIBRARY.impl(_op._schema.name, partial(call_backend, _op), "BackendSelect", with_keyset=True)
