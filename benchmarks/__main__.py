@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import cpu, gpu, models, triton_build
+from benchmarks import cpu, gpu, models, overhead, triton_build
 from benchmarks.compare import WrongResultError
 
-BENCHMARKS = {"cpu": cpu, "gpu": gpu, "models": models, "triton": triton_build}
+BENCHMARKS = {"cpu": cpu, "gpu": gpu, "models": models, "overhead": overhead, "triton": triton_build}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

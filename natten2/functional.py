@@ -14,6 +14,7 @@ from torch import Tensor
 from natten2._arguments import check_tensor, flags, integers, is_real
 from natten2.ops.composite import default_scale
 from natten2.ops.schemas import na_forward
+from natten2.ops.torchscript import UNSUPPORTED
 
 __all__ = ["merge_attentions", "na1d", "na2d", "na3d"]
 
@@ -246,3 +247,8 @@ def _neighborhood_attention(
         _finite(scale),
     )
     return (output, logsumexp) if return_lse else output
+
+
+# The functions themselves, and what modules call first: torch.jit.script raises with these words at either.
+for _function in (na1d, na2d, na3d, check_tensor):
+    _function.__script_unsupported = UNSUPPORTED

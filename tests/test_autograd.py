@@ -7,7 +7,6 @@ import torch
 from problems import Problem, random_problem
 from test_operators import everything, learnable
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import natten2
 from natten2.ops import reference
@@ -126,29 +125,6 @@ def test_checkpointing_repeats_the_forward():
     expected, query.grad = query.grad, None
     torch.utils.checkpoint.checkpoint(natten2.na2d, query, key, value, 3, use_reentrant=False).sum().backward()
     torch.testing.assert_close(query.grad, expected)
-
-
-def test_functional_gradients():
-    problem = small(2)
-
-    def loss(attention, *tensors: Tensor) -> Tensor:
-        output, logsumexp = attention(*tensors, *problem.parameters)
-        return output.square().sum() + logsumexp.sin().sum()
-
-    argnums = tuple(range(1, 7))
-    grads = torch.func.grad(loss, argnums)(na_forward, *problem.tensors)
-    torch.testing.assert_close(grads, torch.func.grad(loss, argnums)(reference.na_forward, *problem.tensors))
-    hessian = torch.func.jacrev(torch.func.grad(loss, 1), 1)(na_forward, *problem.tensors)
-    expected = torch.func.jacrev(torch.func.grad(loss, 1), 1)(reference.na_forward, *problem.tensors)
-    torch.testing.assert_close(hessian, expected)
-
-
-def test_forward_mode_raises_instead_of_giving_zero_tangents():
-    query = torch.randn(1, 4, 1, 2)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        natten2.na1d(forward_ad.make_dual(query, query), query, query, 3)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: natten2.na1d(x, x, x, 3), (query,), (query,))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

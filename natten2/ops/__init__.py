@@ -1,6 +1,20 @@
 """The operators `torch.ops.natten2.*`: schemas, checks, fake kernels, derivatives, and kernels in Python."""
 
-from natten2.ops import autocast, autograd, composite, cuda, fake, fallback, reference, schemas, subclasses, validation
+from natten2.ops import (
+    autocast,
+    autograd,
+    composite,
+    cuda,
+    fake,
+    fallback,
+    flops,
+    reference,
+    schemas,
+    subclasses,
+    torchscript,
+    validation,
+    vmap,
+)
 
 __all__ = [
     "autocast",
@@ -9,8 +23,11 @@ __all__ = [
     "cuda",
     "fake",
     "fallback",
+    "flops",
     "reference",
     "schemas",
     "subclasses",
+    "torchscript",
     "validation",
+    "vmap",
 ]

@@ -90,7 +90,7 @@ def _second_gradients(
     return (*(None if tensor is None else next(second) for tensor in tensors), *(None,) * _NUM_PARAMETERS)
 
 
-register_differentiable(LIBRARY, na_forward, NeighborhoodAttention)
-register_differentiable(LIBRARY, na_backward, NeighborhoodAttentionBackward)
-register_differentiable(LIBRARY, na_qkv_forward, PackedNeighborhoodAttention)
-register_differentiable(LIBRARY, na_qkv_backward, PackedNeighborhoodAttentionBackward)
+register_differentiable(LIBRARY, na_forward, NeighborhoodAttention, reference.na_forward)
+register_differentiable(LIBRARY, na_backward, NeighborhoodAttentionBackward, reference.na_backward)
+register_differentiable(LIBRARY, na_qkv_forward, PackedNeighborhoodAttention, reference.na_qkv_forward)
+register_differentiable(LIBRARY, na_qkv_backward, PackedNeighborhoodAttentionBackward, reference.na_qkv_backward)

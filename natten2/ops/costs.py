@@ -7,8 +7,6 @@ from math import prod
 
 import torch
 
-from natten2.window import group_length, key_bounds
-
 __all__ = ["Call"]
 
 
@@ -72,9 +70,19 @@ class Call:
 def _count_pairs(length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> int:
     if not is_causal:
         return length * kernel_size
-    total = 0
-    for group in range(dilation):
-        tokens = group_length(length, dilation, group)
-        start, end = key_bounds(torch.arange(tokens), tokens, kernel_size, stride, is_causal)
-        total += int((end - start).sum())
-    return total
+    # Groups differ by one token at most.
+    tokens, longer = length // dilation, length % dilation
+    return longer * _count_causal_pairs(tokens + 1, kernel_size, stride) + (dilation - longer) * _count_causal_pairs(
+        tokens, kernel_size, stride
+    )
+
+
+def _count_causal_pairs(length: int, kernel_size: int, stride: int) -> int:
+    """The sum of `end - start` of :func:`natten2.window.key_bounds` over all positions; also of a `torch.SymInt`."""
+    strides, rest = length // stride, length % stride
+    # Stride number j, counted from 1, starts at j * stride - kernel_size, from number `first` on.
+    first = -(-kernel_size // stride)
+    moved = torch.sym_max(strides - first + 1, 0)
+    starts = stride * (stride * (first + strides) * moved // 2 - kernel_size * moved)
+    last = rest * torch.sym_max(length - kernel_size, 0)
+    return length * (length + 1) // 2 - starts - last

@@ -7,24 +7,30 @@ touches private names of torch's autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import _C
+from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from natten2.ops.validation import call_backend
+from natten2.ops.validation import CHECKS, call_backend
 
 __all__ = ["register_differentiable"]
 
 
-def register_differentiable(library: torch.library.Library, op: torch._ops.OpOverload, rule: type) -> None:
+def register_differentiable(
+    library: torch.library.Library, op: torch._ops.OpOverload, rule: type, formula: Callable[..., tuple[Tensor, ...]]
+) -> None:
     """Makes `op` differentiable.
 
     Args:
         library: The library that defines `op`.
         op: The operator.
         rule: A class with the static methods `setup_context` and `backward` of `torch.autograd.Function`.
+        formula: `op` in plain PyTorch, which takes its place where an argument carries a tangent: so forward mode, and
+            forward mode of forward mode, which PyTorch gets wrong for a rule, are PyTorch's own.
     """
 
     def forward(*args: object) -> object:
@@ -39,7 +45,11 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
     node = type(rule.__name__, (rule, _SingleLevelFunction), members)
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
-        if not _needs_node(args):
+        is_transformed = _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if is_transformed and any(map(_has_tangent, args)):
+            CHECKS[op](*args)
+            return formula(*args)
+        if not is_transformed and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
             return call_backend(op, keyset & _C._after_autograd_keyset, *args)
         with enable_single_level_autograd_function():
             return node.apply(*args)
@@ -47,7 +57,6 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
     library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
 
 
-def _needs_node(args: tuple[object, ...]) -> bool:
-    if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return _C.is_grad_enabled() and _C._any_requires_grad(*args)
+def _has_tangent(value: object) -> bool:
+    # Level 0 is the only one there is, also where forward_ad doesn't know of it: in a graph that the compiler replays.
+    return isinstance(value, Tensor) and torch._VF._unpack_dual(value, level=0).tangent is not None

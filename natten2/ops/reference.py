@@ -16,7 +16,7 @@ from torch import Tensor
 from natten2.ops.validation import accumulate_dtype
 from natten2.window import group_length, key_bounds
 
-__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward"]
+__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward", "window_slots"]
 
 
 class Slots(NamedTuple):
@@ -56,7 +56,7 @@ def na_forward(
     With `S = scale * query . key + rpb` over the visible and the additional keys of a query,
     `logsumexp = log(sum(exp(S)))` and `output = sum(exp(S - logsumexp) * value)`.
     """
-    slots = _slots(query, kernel_size, stride, dilation, is_causal)
+    slots = window_slots(query.shape[1:-2], kernel_size, stride, dilation, is_causal, query.device)
     terms = _terms(query, key, value, rpb, additional_keys, additional_values, slots, scale)
     logsumexp = terms.scores.logsumexp(dim=-1)
     weights = (terms.scores - logsumexp.unsqueeze(-1)).exp()
@@ -90,7 +90,7 @@ def na_backward(
     `dS = P * (grad_output . value - delta)`, the gradients are `scale * dS key` of the query, `scale * dS^T query` of
     the keys, `P^T grad_output` of the values, and `dS`, summed over equal offsets, of the bias.
     """
-    slots = _slots(query, kernel_size, stride, dilation, is_causal)
+    slots = window_slots(query.shape[1:-2], kernel_size, stride, dilation, is_causal, query.device)
     terms = _terms(query, key, value, rpb, additional_keys, additional_values, slots, scale)
     grad, lse = _group_heads(grad_output, terms.query), _group_heads(logsumexp.unsqueeze(-1), terms.query)
     delta = (_group_heads(output, terms.query) * grad).sum(-1, keepdim=True)
@@ -199,19 +199,19 @@ def _sum_offsets(grad_scores: Tensor, slots: Slots, rpb: Tensor) -> Tensor:
     return result.to(rpb.dtype).reshape(rpb.shape)
 
 
-def _slots(
-    query: Tensor,
+def window_slots(
+    spatial: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     is_causal: Sequence[bool],
+    device: torch.device,
 ) -> Slots:
     """Combines the axes: slots run row-major over the window, tokens row-major over the grid."""
-    device = query.device
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     visible = torch.ones(1, 1, dtype=torch.bool, device=device)
     offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    for length, window, *axis in zip(query.shape[1:-2], kernel_size, stride, dilation, is_causal, strict=True):
+    for length, window, *axis in zip(spatial, kernel_size, stride, dilation, is_causal, strict=True):
         index, seen, shift = _axis_slots(length, window, *axis, device)
         token = _outer(token * length, index, torch.add)
         visible = _outer(visible, seen, torch.logical_and)

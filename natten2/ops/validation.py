@@ -16,6 +16,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
 __all__ = [
+    "CHECKS",
     "DTYPES",
     "accumulate_dtype",
     "call_backend",
@@ -277,7 +278,7 @@ def _check_additional(
         )
 
 
-_CHECKS = {
+CHECKS = {
     na_forward: check_forward,
     na_backward: check_backward,
     na_qkv_forward: check_qkv_forward,
@@ -296,7 +297,7 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
         args: The operator's arguments.
     """
     keyset = keyset.remove(DispatchKey.BackendSelect)
-    check = _CHECKS[op]
+    check = CHECKS[op]
     if not keyset.has(DispatchKey.CPU):
         check(*args)
         return op.redispatch(keyset, *args)
@@ -307,5 +308,5 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
         raise
 
 
-for _op in _CHECKS:
+for _op in CHECKS:
     LIBRARY.impl(_op._schema.name, partial(call_backend, _op), "BackendSelect", with_keyset=True)

@@ -1,0 +1,74 @@
+"""`torch.vmap`: the mapped axis becomes part of the batch, or of the heads where every index has a bias of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten2.ops.schemas import LIBRARY, na_backward, na_forward, na_qkv_backward, na_qkv_forward
+
+
+class Axes(NamedTuple):
+    """Where a tensor has its batch, and where its heads."""
+
+    batch: int | None
+    heads: int
+
+
+_TOKENS = Axes(0, -2)  # [B, *S, H, D], or [B, *S, 3, H, D]
+_ROWS = Axes(0, -1)  # [B, *S, H]
+_BIAS = Axes(None, 0)  # [H, ...]
+_INPUTS = (_TOKENS, _TOKENS, _TOKENS, _BIAS, _TOKENS, _TOKENS)
+_PACKED_INPUTS = (_TOKENS, _BIAS)
+# The tensors that an operator takes first, and those that it returns.
+_SIGNATURES = {
+    na_forward: (_INPUTS, (_TOKENS, _ROWS)),
+    na_backward: ((_TOKENS, _ROWS, *_INPUTS, _TOKENS, _ROWS), _INPUTS),
+    na_qkv_forward: (_PACKED_INPUTS, (_TOKENS, _ROWS)),
+    na_qkv_backward: ((_TOKENS, _ROWS, *_PACKED_INPUTS, _TOKENS, _ROWS), _PACKED_INPUTS),
+}
+
+
+def _vmap(
+    op: torch._ops.OpOverload, info: torch._functorch.autograd_function.VmapInfo, in_dims: tuple[int | None, ...], *args
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    inputs, outputs = _SIGNATURES[op]
+    count, size = len(inputs), info.batch_size
+    tensors = list(zip(args[:count], in_dims[:count], inputs, strict=True))
+    # A batch shares one bias, and sums its gradient.
+    biases = [
+        dim is not None or _BIAS in outputs for tensor, dim, axes in tensors if axes is _BIAS and tensor is not None
+    ]
+    where = "heads" if any(biases) else "batch"
+    folded = (_fold(tensor, dim, size, getattr(axes, where)) for tensor, dim, axes in tensors)
+    unfolded = [
+        _unfold(output, size, getattr(axes, where))
+        for output, axes in zip(op(*folded, *args[count:]), outputs, strict=True)
+    ]
+    return tuple(output for output, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int, axis: int | None) -> Tensor | None:
+    """The axis `dim` of mapped tensors folded into `axis`, counted without `dim`."""
+    if tensor is None or axis is None:
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    axis %= tensor.dim() - 1
+    # What is contiguous under vmap is not in the caller's hands.
+    folded = tensor.movedim(0, axis).flatten(axis, axis + 1)
+    return folded if folded.stride(-1) == 1 else folded.contiguous()
+
+
+def _unfold(output: Tensor, size: int, axis: int | None) -> tuple[Tensor, int | None]:
+    """The output with its mapped axis, and where that is; the gradient of an absent input has none."""
+    if output.dim() == 1 or axis is None:
+        return output, None
+    axis %= output.dim()
+    return output.unflatten(axis, (size, output.shape[axis] // size)), axis
+
+
+for _op in _SIGNATURES:
+    torch.library.register_vmap(_op._name, partial(_vmap, _op), lib=LIBRARY)
