@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import cpu, gpu, triton_build
+from benchmarks import cpu, gpu, phases, triton_build
 from benchmarks.compare import WrongResultError
 
-BENCHMARKS = {"cpu": cpu, "gpu": gpu, "triton": triton_build}
+BENCHMARKS = {"cpu": cpu, "gpu": gpu, "phases": phases, "triton": triton_build}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
