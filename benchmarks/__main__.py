@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import cpu, gpu, models, overhead, triton_build
+from benchmarks import cpu, gpu, models, overhead, phases, triton_build
 from benchmarks.compare import WrongResultError
 
-BENCHMARKS = {"cpu": cpu, "gpu": gpu, "models": models, "overhead": overhead, "triton": triton_build}
+BENCHMARKS = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "models": models,
+    "overhead": overhead,
+    "phases": phases,
+    "triton": triton_build,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ def small(rank: int) -> Problem:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_gradcheck(rank: int):
+def test_gradcheck(capability: str, rank: int):
     problem = everything(rank) if rank < 3 else small(rank)
     inputs = learnable(problem.tensors)
     assert torch.autograd.gradcheck(lambda *tensors: na_forward(*tensors, *problem.parameters), inputs)

@@ -22,6 +22,7 @@ from benchmarks.cpu_plot import roof
 from benchmarks.floors import Rates
 from benchmarks.implementations import DEFAULT_NAMES, IMPLEMENTATIONS, OURS, Implementation
 from benchmarks.memory import LAYERS, measure_memory
+from benchmarks.phases import PHASES
 from benchmarks.swin import SwinLayer
 from benchmarks.timing import Settings, interleave, ratio, region_seconds, sample, threads
 
@@ -366,3 +367,10 @@ def test_cpu_reports_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     content = json.loads(path.read_text())
     assert (content["records"], content["rates"]) == ([], None)
     assert content["memory"][0]["peak_bytes"] == {"natten2": 3 << 20, "swin": 4 << 20}
+
+
+@pytest.mark.long
+def test_phases_are_timed(capsys: pytest.CaptureFixture[str]):
+    main(["phases", "--rounds", "1"])
+    table = capsys.readouterr().out
+    assert all(name in table for name in PHASES)

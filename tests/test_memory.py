@@ -1,0 +1,123 @@
+"""What the CPU kernels touch: nothing beside a tensor, and nothing beside a piece of scratch memory."""
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUARDED = ROOT / "tests" / "guarded.py"
+COMPILER = os.environ.get("CXX", "c++")
+TORCH = sysconfig.get_path("purelib")
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is guarded as glibc and Linux can")
+
+# A tensor of one token more than there is memory for.
+OVERRUN = """
+import numpy as np, torch, natten2
+short = np.zeros(4 * 20, np.float32)
+query = torch.from_numpy(np.lib.stride_tricks.as_strided(short, (1, 21, 1, 4), (0, 16, 16, 4)))
+natten2.na1d(query, query, query, 5)
+"""
+FREED = """
+import ctypes, torch
+tensor = torch.empty(21)
+ctypes.memset(tensor.data_ptr() + 4 * 21, 1, 1)
+del tensor
+"""
+
+
+def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [str(part) for part in command]
+    return subprocess.run(command, text=True, capture_output=True, check=False, env=environment)
+
+
+def check(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, f"{result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+
+
+def run_checked(*command: str | Path) -> subprocess.CompletedProcess:
+    """A program that ends when it frees memory behind which something was written, as a result's is by the operator."""
+    return run(*command, LD_PRELOAD="libc_malloc_debug.so.0", MALLOC_CHECK_="3")
+
+
+def test_no_kernel_touches_what_is_beside_a_tensor():
+    check(run_checked(sys.executable, GUARDED))
+
+
+def test_a_kernel_that_touches_what_is_beside_a_tensor_ends():
+    result = run(sys.executable, GUARDED, "1")
+    assert result.returncode == -signal.SIGSEGV
+    assert "in run" in result.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.34"), reason="glibc 2.34 came with libc_malloc_debug")
+def test_a_write_behind_a_result_ends():
+    assert run_checked(sys.executable, "-c", FREED).returncode == -signal.SIGABRT
+
+
+class Sanitized:
+    """natten2 under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        shutil.copytree(ROOT / "natten2", folder / "natten2", ignore=shutil.ignore_patterns("csrc", "_C*"))
+        build = folder / "build"
+        cmake = (sys.executable, "-m", "cmake")
+        check(run(*cmake, "-S", ROOT, "-B", build, "-DNATTEN2_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"))
+        check(run(*cmake, "--build", build, "--parallel", os.cpu_count() or 1))
+        check(run(*cmake, "--install", build, "--prefix", folder))
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess:
+        """Python with these arguments, whose natten2 is the sanitized one: `-S` hides an editable install."""
+        return run(
+            *(sys.executable, "-S", *arguments),
+            PYTHONPATH=os.pathsep.join((str(self._folder), TORCH)),
+            LD_PRELOAD=run(COMPILER, "-print-file-name=libasan.so").stdout.strip(),
+            # Python frees little of what it has when it ends.
+            ASAN_OPTIONS="detect_leaks=0",
+            UBSAN_OPTIONS="print_stacktrace=1",
+        )
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
+    if "Free Software Foundation" not in run(COMPILER, "--version").stdout:
+        pytest.skip("the sanitizers are GCC's")
+    return Sanitized(tmp_path_factory.mktemp("sanitized"))
+
+
+TESTED = [
+    "test_kernels.py::test_golden_cpp",
+    "test_kernels.py::test_kernels_are_the_reference",
+    "test_kernels.py::test_small_windows_are_the_reference",
+    "test_kernels.py::test_every_head_dim",
+    "test_kernels.py::test_a_long_line_is_cut_into_blocks",
+    "test_kernels.py::test_what_a_query_does_not_see_does_not_reach_it",
+    "test_autograd.py::test_gradcheck",
+    "test_autograd.py::test_results_are_the_same_bits_for_any_number_of_threads",
+]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_the_sanitizers_find_nothing(sanitized: Sanitized):
+    tests = [ROOT / "tests" / name for name in TESTED]
+    options = ("-c", ROOT / "pyproject.toml", "-o", "pythonpath=", "-o", "timeout=3600", "-p", "no:cacheprovider")
+    check(sanitized.run("-m", "pytest", "-x", *options, *tests))
+    check(sanitized.run(GUARDED))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_the_sanitizers_find_an_overrun(sanitized: Sanitized):
+    result = sanitized.run("-c", OVERRUN)
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
