@@ -386,3 +386,5 @@ STABLE_TORCH_LIBRARY_IMPL(natten2, CPU, m) {
   m.impl("na_forward", TORCH_BOX(&natten2::cpu::na_forward));
   m.impl("na_backward", TORCH_BOX(&natten2::cpu::na_backward));
 }
+
+#include "bind_unfused.h"

@@ -1,5 +1,33 @@
 """The operators `torch.ops.natten2.*`: schemas, checks, fake kernels, derivatives, and kernels in Python."""
 
-from natten2.ops import autocast, autograd, composite, cuda, fake, fallback, reference, schemas, validation
+from natten2.ops import (
+    autocast,
+    autograd,
+    bilinear,
+    composite,
+    cuda,
+    fake,
+    fallback,
+    flops,
+    reference,
+    schemas,
+    unfused_reference,
+    validation,
+    vmap,
+)
 
-__all__ = ["autocast", "autograd", "composite", "cuda", "fake", "fallback", "reference", "schemas", "validation"]
+__all__ = [
+    "autocast",
+    "autograd",
+    "bilinear",
+    "composite",
+    "cuda",
+    "fake",
+    "fallback",
+    "flops",
+    "reference",
+    "schemas",
+    "unfused_reference",
+    "validation",
+    "vmap",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import _C
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -24,7 +25,11 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
     Args:
         library: The library that defines `op`.
         op: The operator.
-        rule: A class with the static methods `setup_context` and `backward` of `torch.autograd.Function`.
+        rule: A class with the static methods `setup_context` and `backward` of `torch.autograd.Function`; also `jvp`
+            for forward derivatives, which raise without it, and `vmap` as `torch.library.register_vmap` takes it,
+            without which `torch.vmap` loops.
+
+    Nested forward derivatives raise: PyTorch would give wrong numbers without a word.
     """
 
     def forward(*args: object) -> object:
@@ -41,13 +46,23 @@ def register_differentiable(library: torch.library.Library, op: torch._ops.OpOve
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
         if not _needs_node(args):
             return call_backend(op, keyset & _C._after_autograd_keyset, *args)
+        if hasattr(rule, "jvp"):
+            _refuse_nested_forward_mode()
         with enable_single_level_autograd_function():
             return node.apply(*args)
 
     library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
+    if hasattr(rule, "vmap"):
+        torch.library.register_vmap(op._name, rule.vmap, lib=library)
 
 
 def _needs_node(args: tuple[object, ...]) -> bool:
     if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return _C.is_grad_enabled() and _C._any_requires_grad(*args)
+
+
+def _refuse_nested_forward_mode() -> None:
+    interpreters = retrieve_all_functorch_interpreters() if _C._are_functorch_transforms_active() else []
+    if sum(interpreter.key() == _C._functorch.TransformType.Jvp for interpreter in interpreters) > 1:
+        raise NotImplementedError("natten2 has no nested forward-mode derivatives: take the inner ones in reverse mode")

@@ -1,7 +1,8 @@
 """The reference as the kernel of a device that has none of its own."""
 
-from natten2.ops import reference
+from natten2.ops import reference, unfused_reference
 from natten2.ops.schemas import LIBRARY
 
-LIBRARY.impl("na_forward", reference.na_forward, "MPS")
-LIBRARY.impl("na_backward", reference.na_backward, "MPS")
+for _module in (reference, unfused_reference):
+    for _name in _module.__all__:
+        LIBRARY.impl(_name, getattr(_module, _name), "MPS")
