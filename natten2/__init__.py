@@ -1,6 +1,6 @@
 """Neighborhood attention for PyTorch 2."""
 
-from natten2 import _extension, models, nn, ops  # noqa: F401
+from natten2 import _extension, compat, models, nn, ops  # noqa: F401
 from natten2.functional import merge_attentions, na1d, na2d, na3d
 from natten2.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from natten2.unfused import attention_map, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
@@ -12,6 +12,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "attention_map",
+    "compat",
     "merge_attentions",
     "models",
     "na1d",

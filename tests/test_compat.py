@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import pickle
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -181,6 +182,10 @@ def test_unfused_refusals(natten: ModuleType):
         natten.functional.natten2dav(query, query, 3, 1)
     with pytest.raises(ValueError, match="kernel_size must be one integer or 2 of them"):
         natten.functional.na2d_qk(query, query, (3, 3, 3))
+    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
+        natten.functional.na2d_qk(query, None, 3)
+    with pytest.raises(TypeError, match=r"query must be a torch\.Tensor, got list"):
+        natten.na2d([query], query, query, 3)
     natten.functional.na2d_qk(query, query, 3, None, is_causal=None)
 
 
@@ -451,6 +456,16 @@ def test_three_dimensions_of_0_15(natten: ModuleType):
     assert layer(torch.randn(1, 2, 2, 2, 6)).shape == (1, 2, 2, 2, 6)
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         natten.NeighborhoodAttention3D(6, 2, 4)
+
+
+@pytest.mark.parametrize("version", [None, *VERSIONS])
+def test_layers_are_pickled(version: str | None):
+    natten2.compat.install(version)
+    layer = importlib.import_module("natten").NeighborhoodAttention2D(4, 2, 3)
+    again = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(1, 5, 5, 4)
+    assert torch.equal(again(x), layer(x))
+    natten2.compat.uninstall()
 
 
 @serves("0.17")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import natten2.compat
+from natten2.compat.__main__ import main
 from natten2.ops import reference
 
 
@@ -270,29 +271,41 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("version", [None, *natten2.compat.VERSIONS])
-def test_scripts_run_unchanged(tmp_path: Path, version: str | None):
-    script = tmp_path / "script.py"
-    texts = list(SCRIPTS.values()) if version is None else [SCRIPTS[version]]
+def write(path: Path, *texts: str) -> Path:
     lines = ["import importlib.metadata, sys, torch", "print(importlib.metadata.version('natten'), sys.argv[1:])"]
     lines += [line.strip() for text in texts for line in text.strip().splitlines()]
-    lines.append("print('done')")
-    script.write_text("\n".join(lines))
-    options = [] if version is None else ["--version", version]
+    path.write_text("\n".join([*lines, "print('done')"]))
+    return path
+
+
+@pytest.mark.parametrize("version", natten2.compat.VERSIONS)
+def test_scripts_of_a_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str
+):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main(["--version", version, str(write(tmp_path / "script.py", SCRIPTS[version])), "--epochs", "3"])
+    natten2.compat.uninstall()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{version}.")
+    assert "['--epochs', '3']" in printed
+    assert printed.endswith("done\n")
+
+
+def test_a_script_of_all_generations_runs_unchanged(tmp_path: Path):
+    script = write(tmp_path / "script.py", *SCRIPTS.values())
     result = subprocess.run(
-        [sys.executable, "-m", "natten2.compat", *options, str(script), "--epochs", "3"],
+        [sys.executable, "-m", "natten2.compat", str(script), "--version", "7"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
     )
     assert result.returncode == 0, result.stderr
-    assert "['--epochs', '3']" in result.stdout
+    assert "['--version', '7']" in result.stdout
     assert result.stdout.endswith("done\n")
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path):
-    from natten2.compat.__main__ import main
-
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nothing.py")])
     natten2.compat.uninstall()

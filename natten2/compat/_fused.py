@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import natten2
+from natten2 import functional
 from natten2.compat._window import natten_window
 from natten2.compat.types import KernelSchedule
 
@@ -15,7 +15,7 @@ __all__ = ["attention", "generate_varlen_parameters", "merge_attentions", "moder
 
 _BACKENDS = ("natten2", "cutlass-fna", "hopper-fna", "blackwell-fna", "flex-fna", "flash-fna", "reference", "metal")
 _FMHA_BACKENDS = ("natten2", "cutlass-fmha", "hopper-fmha", "blackwell-fmha", "flex-fmha", "flash-fmha", "reference")
-_FUSED = (natten2.na1d, natten2.na2d, natten2.na3d)
+_FUSED = (functional.na1d, functional.na2d, functional.na3d)
 
 
 def modern_function(rank: int | None) -> Callable[..., object]:
@@ -122,9 +122,10 @@ def attend(
 
 
 def with_rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous channels."""
-    is_row_major = tensor.is_nested or tensor.dim() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1
-    return tensor if is_row_major else tensor.contiguous()
+    """The tensor with contiguous channels; what has none is natten2's to refuse."""
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not torch.strided or tensor.dim() == 0:
+        return tensor
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def attention(
@@ -248,7 +249,7 @@ def merge_attentions(
     """:func:`natten2.merge_attentions` of two or more, whose gradients need no fix."""
     if len(outputs) < 2:
         raise ValueError(f"outputs must be at least two tensors, got {len(outputs)}")
-    return natten2.merge_attentions(outputs, lse_tensors)
+    return functional.merge_attentions(outputs, lse_tensors)
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -24,6 +24,7 @@ def qk(
     additional_keys: Tensor | None = None,
 ) -> Tensor:
     """Scores `[B, H, *axes, slots]` of `[B, H, *axes, D]`: dot products and bias."""
+    _check_tensors(query=query, key=key)
     if query.is_nested or key.is_nested:
         samples = zip(*(_unbind(x, query) for x in (query, key, additional_keys)), strict=True)
         return _nest([qk(rank, q, k, rpb, kernel_size, dilation, is_causal, extra) for q, k, extra in samples])
@@ -43,6 +44,7 @@ def av(
     additional_values: Tensor | None = None,
 ) -> Tensor:
     """Sums `[B, H, *axes, D]` of values under weights `[B, H, *axes, slots]`, which are rounded to value's dtype."""
+    _check_tensors(attn=weights, value=value)
     if weights.is_nested or value.is_nested:
         samples = zip(*(_unbind(x, value) for x in (weights, value, additional_values)), strict=True)
         return _nest([av(rank, w, v, kernel_size, dilation, is_causal, extra) for w, v, extra in samples])
@@ -50,6 +52,12 @@ def av(
     weights, value = _heads_last(weights.to(value.dtype)), _heads_last(value)
     additional_values = None if additional_values is None else _heads_last(additional_values)
     return _heads_first(na_av(weights, value, additional_values, *window))
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def _window(rank: int, kernel_size: object, dilation: object, is_causal: object) -> tuple:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-import natten2
+from natten2 import unfused
 from natten2._arguments import check_heads, check_probability
 from natten2.compat._fused import attend
 from natten2.compat._window import integers, natten_window
 
 __all__ = ["module"]
 
-_QK = (natten2.na1d_qk, natten2.na2d_qk, natten2.na3d_qk)
-_AV = (natten2.na1d_av, natten2.na2d_av, natten2.na3d_av)
+_QK = (unfused.na1d_qk, unfused.na2d_qk, unfused.na3d_qk)
+_AV = (unfused.na1d_av, unfused.na2d_av, unfused.na3d_av)
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,15 @@ def _any(rank: int, *args: object, **kwargs: object) -> Settings:
 _SETTINGS = {"0.14": _padded, "0.15": _padded, "0.17": _biased, "0.21": _modern, "union": _any}
 
 
+@cache
 def module(rank: int, version: str) -> type[nn.Module]:
-    """A generation's class."""
+    """A generation's class; pickles find it while the drop-in is installed, that of all generations always."""
     settings = _padded_3d if version in ("0.14", "0.15") and rank == 3 else _SETTINGS[version]
     name = f"NeighborhoodAttention{rank}D"
     members = {
         "_rank": rank,
         "_settings": staticmethod(settings),
-        "__module__": __name__,
+        "__module__": "natten2.compat.natten" if version == "union" else "natten",
         "__doc__": f"`natten.{name}`; {settings.__doc__}",
     }
     return type(name, (_NeighborhoodAttention,), members)
