@@ -12,6 +12,7 @@ from benchmarks import rivals
 from benchmarks.baselines import gather_attention, swin_attention, swin_sdpa_attention
 from benchmarks.cases import Attend, Case, Inputs
 from natten2.functional import na1d, na2d, na3d
+from natten2.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = ["DEFAULT_NAMES", "IMPLEMENTATIONS", "OURS", "Attend", "Implementation"]
 
@@ -19,6 +20,7 @@ OURS = "natten2"
 # Numbers of the keys that the gather may hold, and of the scores of all tokens with all: 512 MiB in float32.
 _LARGEST = 2**27
 _FACES = {1: na1d, 2: na2d, 3: na3d}
+_HALVES = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ def _natten2(case: Case, inputs: Inputs) -> Tensor:
         additional_keys=additional_keys,
         additional_values=additional_values,
     )
+
+
+def _unfused(case: Case, inputs: Inputs) -> Tensor:
+    """The two halves, with the weights as a tensor between them."""
+    query, key, value, rpb, additional_keys, additional_values = inputs.tensors
+    qk, av = _HALVES[len(case.spatial)]
+    weights = qk(query, key, *case.parameters, rpb=rpb, additional_keys=additional_keys).softmax(-1)
+    return av(weights, value, *case.parameters[:4], additional_values=additional_values)
 
 
 def _gather(case: Case, inputs: Inputs) -> Tensor:
@@ -93,6 +103,7 @@ def _undilated(case: Case) -> Case | None:
 
 IMPLEMENTATIONS = {
     OURS: Implementation(_natten2, lambda case: case),
+    "unfused": Implementation(_unfused, lambda case: case),
     "gather": Implementation(_gather, _for_gather),
     "swin": Implementation(_swin, _as_swin),
     "swin-sdpa": Implementation(_swin_sdpa, _as_swin_without_bias),

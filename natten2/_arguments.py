@@ -9,12 +9,15 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from natten2.ops.composite import default_scale
+
 __all__ = [
     "check_heads",
     "check_integer",
     "check_probability",
     "check_real",
     "check_tensor",
+    "finite_scale",
     "flags",
     "integers",
     "is_real",
@@ -82,6 +85,18 @@ def is_real(value: object) -> bool:
     return type(value) is float or (
         isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
     )
+
+
+def finite_scale(scale: float | None, query: Tensor) -> float:
+    """A scale as the operators take it, the default one for `None`."""
+    if scale is None:
+        return default_scale(query)
+    if not is_real(scale):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError(f"scale must be finite, got {scale}") from None
 
 
 def _is_integer(value: object) -> bool:

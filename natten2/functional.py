@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from natten2._arguments import check_tensor, flags, integers, is_real
-from natten2.ops.composite import default_scale
+from natten2._arguments import check_tensor, finite_scale, flags, integers
 from natten2.ops.schemas import na_forward
 from natten2.ops.torchscript import UNSUPPORTED
 
@@ -202,13 +201,6 @@ def _check_alike(name: str, tensors: list[Tensor], shape: torch.Size) -> None:
             raise TypeError(f"{name} must share one floating-point dtype, got {tensors[0].dtype} and {tensor.dtype}")
 
 
-def _finite(scale: float) -> float:
-    try:
-        return float(scale)
-    except OverflowError:
-        raise ValueError(f"scale must be finite, got {scale}") from None
-
-
 def _neighborhood_attention(
     rank: int,
     query: Tensor,
@@ -229,10 +221,6 @@ def _neighborhood_attention(
         check_tensor(name, tensor)
     for name, tensor in (("rpb", rpb), ("additional_keys", additional_keys), ("additional_values", additional_values)):
         check_tensor(name, tensor, optional=True)
-    if scale is None:
-        scale = default_scale(query)
-    elif not is_real(scale):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     output, logsumexp = operator(
         query,
         key,
@@ -244,7 +232,7 @@ def _neighborhood_attention(
         integers("stride", stride, rank),
         integers("dilation", dilation, rank),
         flags("is_causal", is_causal, rank),
-        _finite(scale),
+        finite_scale(scale, query),
     )
     return (output, logsumexp) if return_lse else output
 

@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 from matplotlib.image import imread
 
 from benchmarks.timing import threads
-from examples import digits
+from examples import attention_map, digits
 from examples.digits_picture import QUERIES, Query, _keys, draw
 
 
@@ -107,3 +107,20 @@ def test_a_picture_without_mistakes(tmp_path: Path):
     scans, labels = data.test_scans[:5], data.test_labels[:5]
     draw(tmp_path / "few.png", scans, labels, labels.clone(), kernel_size=3)
     assert (tmp_path / "few.png").stat().st_size > 10_000
+
+
+def test_attention_maps_are_weights_over_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "new" / "map.png"
+    maps = attention_map.main(["--kernel-size", "5", "--dilation", "3", "--out", str(path)])
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(4))
+    assert ((maps > 0).sum((1, 2)) <= 25).all()
+    # A query looks like itself most of all.
+    assert [tuple(divmod(int(index), maps.shape[2])) for index in maps.flatten(1).argmax(1)] == [
+        (int(y * (maps.shape[1] - 1)), int(x * (maps.shape[2] - 1))) for y, x in attention_map.QUERIES
+    ]
+    pixels = imread(path)
+    assert min(pixels.shape[:2]) > 500
+    assert pixels.std() > 0.05
+    # Any other picture does as well.
+    attention_map.main([str(path), "--out", str(tmp_path / "again.png")])
+    assert "169 keys" in capsys.readouterr().out

@@ -452,3 +452,5 @@ STABLE_TORCH_LIBRARY_IMPL(natten2, CPU, m) {
   m.impl("na_qkv_forward", TORCH_BOX(&natten2::cpu::na_qkv_forward));
   m.impl("na_qkv_backward", TORCH_BOX(&natten2::cpu::na_qkv_backward));
 }
+
+#include "bind_unfused.h"

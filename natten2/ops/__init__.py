@@ -3,6 +3,7 @@
 from natten2.ops import (
     autocast,
     autograd,
+    bilinear,
     composite,
     cuda,
     fake,
@@ -12,6 +13,7 @@ from natten2.ops import (
     schemas,
     subclasses,
     torchscript,
+    unfused_reference,
     validation,
     vmap,
 )
@@ -19,6 +21,7 @@ from natten2.ops import (
 __all__ = [
     "autocast",
     "autograd",
+    "bilinear",
     "composite",
     "cuda",
     "fake",
@@ -28,6 +31,7 @@ __all__ = [
     "schemas",
     "subclasses",
     "torchscript",
+    "unfused_reference",
     "validation",
     "vmap",
 ]

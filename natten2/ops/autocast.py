@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from natten2.ops.schemas import LIBRARY, na_forward, na_qkv_forward
+from natten2.ops.schemas import LIBRARY, na_av, na_forward, na_qk, na_qkv_forward
 
 __all__ = ["cast_inputs"]
 
@@ -41,6 +41,6 @@ def _register(op: torch._ops.OpOverload, device_type: str, key: str) -> None:
     LIBRARY.impl(op._schema.name, autocast, key)
 
 
-for _op in (na_forward, na_qkv_forward):
+for _op in (na_forward, na_qkv_forward, na_qk, na_av):
     for _device_type, _key in _KEYS.items():
         _register(_op, _device_type, _key)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from natten2.ops import reference
+from natten2.ops import reference, unfused_reference
 from natten2.ops.schemas import LIBRARY
 
 __all__ = ["RULE", "compute_capability", "unusable_triton"]
@@ -55,28 +56,34 @@ def _unusable_package() -> str | None:
     return None if version >= _MIN_TRITON else f"{wanted}, got {triton.__version__}"
 
 
-def _register(name: str) -> None:
-    @cache
-    def load() -> Callable[..., tuple[Tensor, ...]]:
-        from natten2.ops.triton import launch
+def _register(name: str, module: str, plain: ModuleType, channels: tuple[int, int]) -> None:
+    """Registers the Triton kernel of an operator.
 
-        return getattr(launch, name)
+    Args:
+        name: The operator's.
+        module: Where the kernel is, in `natten2.ops.triton`.
+        plain: The reference.
+        channels: The arguments whose last axes are channels, of queries and of values.
+    """
+
+    @cache
+    def load() -> Callable[..., object]:
+        return getattr(importlib.import_module(f"natten2.ops.triton.{module}"), name)
 
     def unusable(*args: object) -> str | None:
-        inputs = args[2:] if name.endswith("backward") else args
-        query, value = inputs[0], inputs[0 if name.startswith("na_qkv") else 2]
+        query, value = (args[index] for index in channels)
         return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
 
-    def on_cuda(*args: object) -> tuple[Tensor, ...]:
+    def on_cuda(*args: object) -> object:
         reason = unusable(*args)
         if reason is not None:
             raise NotImplementedError(f"natten2::{name} has no kernel for this call: {reason}")
         return load()(*args)
 
     # Triton's releases for these devices are apart from the others, and nobody need have one.
-    def on_xpu(*args: object) -> tuple[Tensor, ...]:
+    def on_xpu(*args: object) -> object:
         is_usable = unusable(*args) is None and _has_backend("intel")
-        return load()(*args) if is_usable else getattr(reference, name)(*args)
+        return load()(*args) if is_usable else getattr(plain, name)(*args)
 
     LIBRARY.impl(name, on_cuda, "CUDA")
     LIBRARY.impl(name, on_xpu, "XPU")
@@ -95,5 +102,11 @@ def _has_backend(name: str) -> bool:
     return name in backends
 
 
-for _name in reference.__all__:
-    _register(_name)
+_register("na_forward", "launch", reference, (0, 2))
+_register("na_backward", "launch", reference, (2, 4))
+_register("na_qkv_forward", "launch", reference, (0, 0))
+_register("na_qkv_backward", "launch", reference, (2, 2))
+_register("na_qk", "unfused", unfused_reference, (0, 1))
+_register("na_qk_backward", "unfused", unfused_reference, (1, 2))
+_register("na_av", "unfused", unfused_reference, (1, 1))
+_register("na_av_backward", "unfused", unfused_reference, (2, 2))

@@ -117,9 +117,9 @@ def na_backward(
     grad_additional_values = torch.einsum("bthgn,bthgd->bnhd", extra, grad)
     return (
         (grad_query * scale).to(query.dtype).reshape(query.shape),
-        _scatter(grad_key * scale, slots).to(key.dtype).reshape(key.shape),
-        _scatter(grad_value, slots).to(value.dtype).reshape(value.shape),
-        query.new_empty(0) if rpb is None else _sum_offsets(grad_window, slots, rpb),
+        scatter(grad_key * scale, slots).to(key.dtype).reshape(key.shape),
+        scatter(grad_value, slots).to(value.dtype).reshape(value.shape),
+        query.new_empty(0) if rpb is None else sum_offsets(grad_window, slots, rpb),
         query.new_empty(0) if additional_keys is None else (grad_additional_keys * scale).to(key.dtype),
         query.new_empty(0) if additional_values is None else grad_additional_values.to(value.dtype),
     )
@@ -185,14 +185,14 @@ def _terms(
     return Terms(query, key, value, additional_keys, additional_values, torch.cat((scores, extra), dim=-1))
 
 
-def _scatter(gathered: Tensor, slots: Slots) -> Tensor:
+def scatter(gathered: Tensor, slots: Slots) -> Tensor:
     """Sums `[B, tokens, slots, Hkv, C]` over the slots that hold the same token: the transpose of the gather."""
     batch, tokens = gathered.shape[:2]
     result = gathered.new_zeros(batch, tokens, *gathered.shape[3:])
     return result.index_add(1, slots.token.flatten(), gathered.flatten(1, 2))
 
 
-def _sum_offsets(grad_scores: Tensor, slots: Slots, rpb: Tensor) -> Tensor:
+def sum_offsets(grad_scores: Tensor, slots: Slots, rpb: Tensor) -> Tensor:
     """Sums `[B, tokens, Hkv, G, slots]` over the batch and over equal offsets, into the shape of the bias."""
     by_head = grad_scores.sum(0).flatten(1, 2).movedim(1, 0).flatten(1)
     result = by_head.new_zeros(rpb.flatten(1).shape).index_add(1, slots.offset.flatten(), by_head)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["LIBRARY", "MAX_RANK", "na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward"]
+__all__ = [
+    "LIBRARY",
+    "MAX_RANK",
+    "na_av",
+    "na_av_backward",
+    "na_backward",
+    "na_forward",
+    "na_qk",
+    "na_qk_backward",
+    "na_qkv_backward",
+    "na_qkv_forward",
+]
 
 MAX_RANK = 3
 LIBRARY = torch.library.Library("natten2", "DEF")
@@ -12,7 +23,11 @@ LIBRARY = torch.library.Library("natten2", "DEF")
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
 # Query, key, and value as one tensor `[B, *S, 3, H, D]`.
 _PACKED_INPUTS = "Tensor qkv, Tensor? rpb"
-_PARAMETERS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal"
+_PARAMETERS = f"{_WINDOW}, float scale"
+# Of the unfused pair: scores and weights are `[B, *S, H, slots]`, a causal query's unseen slots hold `hidden`.
+_QK_INPUTS = "Tensor query, Tensor key, Tensor? rpb, Tensor? additional_keys"
+_AV_INPUTS = "Tensor weights, Tensor value, Tensor? additional_values"
 _GRADIENTS = (
     "Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, "
     "Tensor grad_additional_keys, Tensor grad_additional_values"
@@ -35,6 +50,12 @@ _SCHEMAS = (
     f"na_qkv_forward({_PACKED_INPUTS}, {_PARAMETERS}) -> (Tensor output, Tensor logsumexp)",
     f"na_qkv_backward(Tensor grad_output, Tensor? grad_logsumexp, {_PACKED_INPUTS}, Tensor output, Tensor logsumexp, "
     f"{_PARAMETERS}) -> (Tensor grad_qkv, Tensor grad_rpb)",
+    f"na_qk({_QK_INPUTS}, {_PARAMETERS}, float hidden) -> Tensor scores",
+    f"na_qk_backward(Tensor grad_scores, {_QK_INPUTS}, {_PARAMETERS}) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_rpb, Tensor grad_additional_keys)",
+    f"na_av({_AV_INPUTS}, {_WINDOW}) -> Tensor output",
+    f"na_av_backward(Tensor grad_output, {_AV_INPUTS}, {_WINDOW}) -> "
+    "(Tensor grad_weights, Tensor grad_value, Tensor grad_additional_values)",
     *(_face(rank) for rank in range(1, MAX_RANK + 1)),
 )
 
@@ -45,3 +66,7 @@ na_forward = torch.ops.natten2.na_forward.default
 na_backward = torch.ops.natten2.na_backward.default
 na_qkv_forward = torch.ops.natten2.na_qkv_forward.default
 na_qkv_backward = torch.ops.natten2.na_qkv_backward.default
+na_qk = torch.ops.natten2.na_qk.default
+na_qk_backward = torch.ops.natten2.na_qk_backward.default
+na_av = torch.ops.natten2.na_av.default
+na_av_backward = torch.ops.natten2.na_av_backward.default

@@ -8,24 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from natten2.ops.schemas import LIBRARY, MAX_RANK, na_backward, na_forward, na_qkv_backward, na_qkv_forward
+from natten2.ops.schemas import (
+    LIBRARY,
+    MAX_RANK,
+    na_av,
+    na_av_backward,
+    na_backward,
+    na_forward,
+    na_qk,
+    na_qk_backward,
+    na_qkv_backward,
+    na_qkv_forward,
+)
 
 __all__ = [
     "CHECKS",
     "DTYPES",
     "accumulate_dtype",
     "call_backend",
+    "check_av",
+    "check_av_backward",
     "check_backward",
     "check_fit",
     "check_forward",
+    "check_qk",
+    "check_qk_backward",
     "check_qkv_backward",
     "check_qkv_forward",
     "check_window",
+    "count_slots",
 ]
 
 _ACCUMULATE_DTYPES = {
@@ -260,17 +277,8 @@ def _check_additional(
     if additional_keys is None or additional_values is None:
         given, missing = ("keys", "values") if additional_values is None else ("values", "keys")
         raise ValueError(f"additional_{missing} must be given with additional_{given}, got None")
-    for name, tensor, like in (
-        ("additional_keys", additional_keys, key),
-        ("additional_values", additional_values, value),
-    ):
-        _check_kind(name, tensor, query, (query.dtype,))
-        batch, (heads, channels) = query.shape[0], like.shape[-2:]
-        if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, channels):
-            raise ValueError(f"{name} must have shape ({batch}, N, {heads}, {channels}), got {tuple(tensor.shape)}")
-        _check_unit_stride(name, tensor, channels)
-    if additional_keys.shape[1] > _MAX_ADDITIONAL:
-        raise ValueError(f"additional_keys must have at most {_MAX_ADDITIONAL} tokens, got {additional_keys.shape[1]}")
+    _check_additional_tokens("additional_keys", additional_keys, query, key)
+    _check_additional_tokens("additional_values", additional_values, query, value)
     if additional_values.shape[1] != additional_keys.shape[1]:
         raise ValueError(
             f"additional_values must have as many tokens as additional_keys, {additional_keys.shape[1]}, "
@@ -278,11 +286,100 @@ def _check_additional(
         )
 
 
+def _check_additional_tokens(name: str, tensor: Tensor, query: Tensor, like: Tensor) -> None:
+    _check_kind(name, tensor, query, (query.dtype,))
+    batch, (heads, channels) = query.shape[0], like.shape[-2:]
+    if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, heads, channels):
+        raise ValueError(f"{name} must have shape ({batch}, N, {heads}, {channels}), got {tuple(tensor.shape)}")
+    _check_unit_stride(name, tensor, channels)
+    if tensor.shape[1] > _MAX_ADDITIONAL:
+        raise ValueError(f"{name} must have at most {_MAX_ADDITIONAL} tokens, got {tensor.shape[1]}")
+
+
+def check_qk(
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    hidden: float = 0.0,
+) -> None:
+    """Checks the arguments of `natten2::na_qk`; raises what :func:`check_forward` raises."""
+    window = (kernel_size, stride, dilation, is_causal)
+    check_forward(query, key, key, rpb, additional_keys, additional_keys, *window, scale)
+
+
+def check_qk_backward(
+    grad_scores: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, additional_keys: Tensor | None, *args: object
+) -> None:
+    """Checks the arguments of `natten2::na_qk_backward`; raises what :func:`check_forward` raises."""
+    check_qk(query, key, rpb, additional_keys, *args)
+    shape = (*query.shape[:-1], count_slots(args[0], additional_keys))
+    _check_like("grad_scores", grad_scores, query, shape, query.dtype)
+
+
+def check_av(
+    weights: Tensor,
+    value: Tensor,
+    additional_values: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> None:
+    """Checks the arguments of `natten2::na_av`; raises what :func:`check_forward` raises."""
+    rank = _check_rank(kernel_size, stride, dilation, is_causal)
+    check_window(kernel_size, stride, dilation)
+    _check_kind("weights", weights, weights, _ACCUMULATE_DTYPES)
+    _check_kind("value", value, weights, (weights.dtype,))
+    for name, tensor, last in (("weights", weights, "slots"), ("value", value, "head_dim")):
+        shape = tensor.shape
+        if len(shape) != rank + 3 or min(shape[-2:]) < 1:
+            raise ValueError(
+                f"{name} must have {rank + 3} axes (batch, {_AXES[rank]}, heads, {last}) for a kernel_size of {rank} "
+                f"entries, with at least one head and one channel, got shape {tuple(shape)}"
+            )
+        if shape[:-2] != weights.shape[:-2]:
+            raise ValueError(
+                f"{name} must have weights' batch and axes {tuple(weights.shape[:-2])}, got shape {tuple(shape)}"
+            )
+        _check_unit_stride(name, tensor, shape[-1])
+    if weights.shape[-2] % value.shape[-2] != 0:
+        raise ValueError(f"weights' heads must be a multiple of value's {value.shape[-2]}, got {weights.shape[-2]}")
+    check_fit(weights.shape[1:-2], kernel_size, dilation)
+    if additional_values is not None:
+        _check_additional_tokens("additional_values", additional_values, weights, value)
+    slots = count_slots(kernel_size, additional_values)
+    if weights.shape[-1] != slots:
+        raise ValueError(
+            f"weights must have {slots} slots, those of the window and of additional_values, got {weights.shape[-1]}"
+        )
+
+
+def check_av_backward(grad_output: Tensor, weights: Tensor, value: Tensor, *args: object) -> None:
+    """Checks the arguments of `natten2::na_av_backward`; raises what :func:`check_forward` raises."""
+    check_av(weights, value, *args)
+    _check_like("grad_output", grad_output, weights, (*weights.shape[:-1], value.shape[-1]), weights.dtype)
+
+
+def count_slots(kernel_size: Sequence[int], additional: Tensor | None) -> int:
+    """Slots of a query: those of its window, then the additional keys."""
+    return prod(kernel_size) + (0 if additional is None else additional.shape[1])
+
+
 CHECKS = {
     na_forward: check_forward,
     na_backward: check_backward,
     na_qkv_forward: check_qkv_forward,
     na_qkv_backward: check_qkv_backward,
+    na_qk: check_qk,
+    na_qk_backward: check_qk_backward,
+    na_av: check_av,
+    na_av_backward: check_av_backward,
 }
 
 

@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten2.ops.schemas import LIBRARY, na_backward, na_forward, na_qkv_backward, na_qkv_forward
+from natten2.ops.schemas import (
+    LIBRARY,
+    na_av,
+    na_av_backward,
+    na_backward,
+    na_forward,
+    na_qk,
+    na_qk_backward,
+    na_qkv_backward,
+    na_qkv_forward,
+)
 
 
 class Axes(NamedTuple):
@@ -18,23 +28,29 @@ class Axes(NamedTuple):
     heads: int
 
 
-_TOKENS = Axes(0, -2)  # [B, *S, H, D], or [B, *S, 3, H, D]
+_TOKENS = Axes(0, -2)  # [B, *S, H, D], [B, *S, 3, H, D], [B, *S, H, slots]
 _ROWS = Axes(0, -1)  # [B, *S, H]
 _BIAS = Axes(None, 0)  # [H, ...]
 _INPUTS = (_TOKENS, _TOKENS, _TOKENS, _BIAS, _TOKENS, _TOKENS)
 _PACKED_INPUTS = (_TOKENS, _BIAS)
+_QK_INPUTS = (_TOKENS, _TOKENS, _BIAS, _TOKENS)
+_AV_INPUTS = (_TOKENS, _TOKENS, _TOKENS)
 # The tensors that an operator takes first, and those that it returns.
 _SIGNATURES = {
     na_forward: (_INPUTS, (_TOKENS, _ROWS)),
     na_backward: ((_TOKENS, _ROWS, *_INPUTS, _TOKENS, _ROWS), _INPUTS),
     na_qkv_forward: (_PACKED_INPUTS, (_TOKENS, _ROWS)),
     na_qkv_backward: ((_TOKENS, _ROWS, *_PACKED_INPUTS, _TOKENS, _ROWS), _PACKED_INPUTS),
+    na_qk: (_QK_INPUTS, (_TOKENS,)),
+    na_qk_backward: ((_TOKENS, *_QK_INPUTS), _QK_INPUTS),
+    na_av: (_AV_INPUTS, (_TOKENS,)),
+    na_av_backward: ((_TOKENS, *_AV_INPUTS), _AV_INPUTS),
 }
 
 
 def _vmap(
     op: torch._ops.OpOverload, info: torch._functorch.autograd_function.VmapInfo, in_dims: tuple[int | None, ...], *args
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+) -> tuple[tuple[Tensor, ...] | Tensor, tuple[int | None, ...] | int | None]:
     inputs, outputs = _SIGNATURES[op]
     count, size = len(inputs), info.batch_size
     tensors = list(zip(args[:count], in_dims[:count], inputs, strict=True))
@@ -44,10 +60,10 @@ def _vmap(
     ]
     where = "heads" if any(biases) else "batch"
     folded = (_fold(tensor, dim, size, getattr(axes, where)) for tensor, dim, axes in tensors)
-    unfolded = [
-        _unfold(output, size, getattr(axes, where))
-        for output, axes in zip(op(*folded, *args[count:]), outputs, strict=True)
-    ]
+    results = op(*folded, *args[count:])
+    if len(outputs) == 1:
+        return _unfold(results, size, getattr(outputs[0], where))
+    unfolded = [_unfold(output, size, getattr(axes, where)) for output, axes in zip(results, outputs, strict=True)]
     return tuple(output for output, _ in unfolded), tuple(dim for _, dim in unfolded)
 
 

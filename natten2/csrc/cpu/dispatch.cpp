@@ -9,6 +9,7 @@ namespace natten2::cpu {
 #define NATTEN2_DECLARE(isa)              \
   namespace isa {                         \
   Kernels kernels(Dtype, const Problem&); \
+  UnfusedKernels unfused_kernels(Dtype);  \
   }
 NATTEN2_DECLARE(baseline)
 #ifdef NATTEN2_X86_SETS
@@ -22,6 +23,7 @@ namespace {
 struct Capability {
   const char* name;
   Kernels (*kernels)(Dtype, const Problem&);
+  UnfusedKernels (*unfused_kernels)(Dtype);
   bool (*runs_here)();
 };
 
@@ -33,11 +35,11 @@ bool has_avx2() {
 
 // Plainest first.
 constexpr Capability kCapabilities[] = {
-    {"baseline", baseline::kernels, [] { return true; }},
+    {"baseline", baseline::kernels, baseline::unfused_kernels, [] { return true; }},
 #ifdef NATTEN2_X86_SETS
     // Every processor with AVX2 has F16C, for which some compilers have no name here.
-    {"avx2", avx2::kernels, has_avx2},
-    {"avx512", avx512::kernels,
+    {"avx2", avx2::kernels, avx2::unfused_kernels, has_avx2},
+    {"avx512", avx512::kernels, avx512::unfused_kernels,
      [] {
        return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -58,6 +60,8 @@ std::atomic<const Capability*>& current() {
 }  // namespace
 
 Kernels kernels(Dtype dtype, const Problem& problem) { return current().load()->kernels(dtype, problem); }
+
+UnfusedKernels unfused_kernels(Dtype dtype) { return current().load()->unfused_kernels(dtype); }
 
 }  // namespace natten2::cpu
 

@@ -25,7 +25,7 @@ from natten2.ops.triton.geometry import Channels, Inputs, Operand, Plan
 from natten2.ops.triton.tiles import Tiling, count_parts, count_step_parts, count_tiles
 from natten2.ops.triton.tuning import tuned
 
-__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward", "opaque"]
+__all__ = ["na_backward", "na_forward", "na_qkv_backward", "na_qkv_forward", "on_device", "opaque"]
 
 # Triton computes with 32-bit integers by default; positions just outside an axis must still fit.
 _MAX_INT32 = 2**31 - 2**20
@@ -83,7 +83,7 @@ def _forward(call: _Call, scale: float) -> tuple[Tensor, Tensor]:
     parts = call.parts(query.shape[-2])
     output = _new_parts(parts, query, output_shape)
     logsumexp = query.new_empty(output.shape[:-1], dtype=torch.float32)
-    with _on_device(query):
+    with on_device(query):
         forward_kernel[(call.tiles * query.shape[-2], parts)](
             call.inputs,
             call.operand(output),
@@ -178,7 +178,7 @@ def _backward(
     heads, key_heads = query.shape[-2], key.shape[-2]
     delta = torch.empty_like(logsumexp)
     upstream = Upstream(call.operand(grad_output), _scalars(logsumexp), _scalars(delta))
-    with _on_device(query):
+    with on_device(query):
         delta_kernel[(triton.cdiv(call.tokens * heads, _DELTA_ROWS) * call.batch,)](
             upstream.grad_output,
             call.operand(output),
@@ -401,7 +401,7 @@ def _is_nvidia(device: torch.device) -> bool:
     return device.type != "xpu" and torch.version.hip is None
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager:
+def on_device(tensor: Tensor) -> AbstractContextManager:
     """Makes a tensor's device the current one, which Triton launches on; the interpreter has none."""
     if tensor.device.index is None:
         return nullcontext()
