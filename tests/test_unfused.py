@@ -256,14 +256,9 @@ def test_function_transforms():
     for hessian in (
         torch.func.hessian(loss, (0, 1, 2)),
         torch.func.jacrev(torch.func.jacrev(loss, (0, 1, 2)), (0, 1, 2)),
+        torch.func.jacfwd(torch.func.jacfwd(loss, (0, 1, 2)), (0, 1, 2)),
     ):
         torch.testing.assert_close(hessian(*tensors), expected)
-
-
-def test_nested_forward_mode_raises():
-    function, tensors = forms(small(1, bias=False))[0]
-    with pytest.raises(NotImplementedError, match="nested forward"):
-        torch.func.jacfwd(torch.func.jacfwd(lambda q: function(q, *tensors[1:])))(tensors[0])
 
 
 def test_tangents_of_one_input_alone():
