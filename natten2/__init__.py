@@ -1,6 +1,6 @@
 """Neighborhood attention for PyTorch 2."""
 
-from natten2 import _extension, models, nn, ops  # noqa: F401
+from natten2 import _extension, models, nested, nn, ops  # noqa: F401
 from natten2.functional import merge_attentions, na1d, na2d, na3d
 from natten2.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
@@ -15,5 +15,6 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "nested",
     "nn",
 ]

@@ -1,6 +1,18 @@
 """The operators `torch.ops.natten2.*`: schemas, checks, fake kernels, derivatives, and kernels in Python."""
 
-from natten2.ops import autocast, autograd, composite, cuda, fake, fallback, reference, schemas, subclasses, validation
+from natten2.ops import (
+    autocast,
+    autograd,
+    composite,
+    cuda,
+    fake,
+    fallback,
+    jagged,
+    reference,
+    schemas,
+    subclasses,
+    validation,
+)
 
 __all__ = [
     "autocast",
@@ -9,6 +21,7 @@ __all__ = [
     "cuda",
     "fake",
     "fallback",
+    "jagged",
     "reference",
     "schemas",
     "subclasses",
