@@ -1,6 +1,6 @@
 """Neighborhood attention for PyTorch 2."""
 
-from natten2 import _extension, compat, models, nn, ops  # noqa: F401
+from natten2 import _extension, compat, models, nested, nn, ops  # noqa: F401
 from natten2.functional import merge_attentions, na1d, na2d, na3d
 from natten2.inductor import compile_options
 from natten2.nn import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
@@ -25,5 +25,6 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "nested",
     "nn",
 ]

@@ -26,10 +26,10 @@ __all__ = [
 _MAX_INT = torch.iinfo(torch.int64).max
 
 
-def check_tensor(name: str, tensor: object, *, optional: bool = False) -> None:
+def check_tensor(name: str, tensor: object, *, optional: bool = False, jagged: bool = False) -> None:
     if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}")
-    if tensor is not None and tensor.is_nested:
+    if tensor is not None and tensor.is_nested and not (jagged and tensor.layout is torch.jagged):
         raise NotImplementedError(f"{name} must be a dense, strided tensor, got a nested one")
 
 

@@ -218,7 +218,7 @@ def _neighborhood_attention(
     operator: Callable[..., tuple[Tensor, Tensor]] = na_forward,
 ) -> Tensor | tuple[Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+        check_tensor(name, tensor, jagged=True)
     for name, tensor in (("rpb", rpb), ("additional_keys", additional_keys), ("additional_values", additional_values)):
         check_tensor(name, tensor, optional=True)
     output, logsumexp = operator(

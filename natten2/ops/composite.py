@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from natten2.ops.schemas import LIBRARY, MAX_RANK, na_forward
@@ -14,7 +15,8 @@ __all__ = ["default_scale"]
 def default_scale(query: Tensor) -> float:
     """`head_dim ** -0.5`, equation 1 of "Attention Is All You Need" (arXiv 1706.03762)."""
     # Where there is no head_dim, any scale will do: the operator's checks raise.
-    has_head_dim = isinstance(query, Tensor) and not query.is_nested and query.dim() > 0
+    is_known = isinstance(query, Tensor) and (not query.is_nested or query.layout is torch.jagged)
+    has_head_dim = is_known and query.dim() > 0
     head_dim = query.shape[-1] if has_head_dim else 1
     return head_dim**-0.5 if head_dim > 0 else 1.0
 

@@ -396,7 +396,9 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
     keyset = keyset.remove(DispatchKey.BackendSelect)
     check = CHECKS[op]
     if not keyset.has(DispatchKey.CPU):
-        check(*args)
+        # A subclass of tensors comes before its backend: its rule calls again with the tensors that it holds.
+        if not keyset.has(DispatchKey.Python):
+            check(*args)
         return op.redispatch(keyset, *args)
     try:
         return op.redispatch(keyset, *args)
