@@ -61,10 +61,14 @@ class _NeighborhoodAttention(nn.Module):
             axes = ", ".join(self._axes)
             raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")
         # One product, which the operator reads in place, and one gradient.
-        qkv = self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim))
+        output = self._attend(self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)))
+        return self.proj_drop(self.proj(output.flatten(-2)))
+
+    # `natten2.distributed` puts its own in this place.
+    def _attend(self, qkv: Tensor) -> Tensor:
         scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
         output, _ = na_qkv_forward(qkv, self.rpb, self.kernel_size, self.stride, self.dilation, self.is_causal, scale)
-        return self.proj_drop(self.proj(output.flatten(-2)))
+        return output
 
     def extra_repr(self) -> str:
         return (

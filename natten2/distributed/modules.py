@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from natten2 import nn as attention
 from natten2.distributed.functional import na1d, na2d, na3d
@@ -56,5 +56,10 @@ def context_parallel(
         raise ValueError(f"module must hold a neighborhood attention, got {type(module).__name__} without one")
     for layer in layers:
         function = next(function for kind, function in _FUNCTIONS.items() if isinstance(layer, kind))
-        layer._attend = partial(function, group=group, lengths=lengths)
+        layer._attend = partial(_attend, layer, partial(function, group=group, lengths=lengths))
     return module
+
+
+def _attend(layer: nn.Module, function: Callable[..., Tensor], qkv: Tensor) -> Tensor:
+    window = (layer.kernel_size, layer.stride, layer.dilation, layer.is_causal, layer.qk_scale)
+    return function(*qkv.unbind(-3), *window, rpb=layer.rpb)

@@ -85,6 +85,7 @@ def _present(grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> tu
     return tuple(None if x is None else grad for grad, x in zip(grads, inputs, strict=True))
 
 
-_RULES = {na_qk: Scores, na_qk_backward: ScoresBackward, na_av: Sums, na_av_backward: SumsBackward}
-for _op, _rule in _RULES.items():
-    register_differentiable(LIBRARY, _op, _rule, getattr(unfused_reference, _op._schema.name))
+register_differentiable(LIBRARY, na_qk, Scores, unfused_reference.na_qk)
+register_differentiable(LIBRARY, na_qk_backward, ScoresBackward, unfused_reference.na_qk_backward)
+register_differentiable(LIBRARY, na_av, Sums, unfused_reference.na_av)
+register_differentiable(LIBRARY, na_av_backward, SumsBackward, unfused_reference.na_av_backward)

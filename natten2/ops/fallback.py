@@ -7,4 +7,5 @@ from natten2.ops.validation import CHECKS
 _FORMULAS = vars(reference) | vars(unfused_reference)
 
 for _op in CHECKS:
-    LIBRARY.impl(_op._schema.name, _FORMULAS[_op._schema.name], "MPS")
+    _name = _op._schema.name
+    LIBRARY.impl(_name, _FORMULAS[_name.removeprefix("natten2::")], "MPS")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from natten2.ops.schemas import na_backward, na_forward
+from natten2.ops.schemas import na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
 _Sharding = tuple[list[Placement | None], list[Placement | None]]
 _NUM_INPUTS = 6
@@ -43,15 +43,37 @@ def _na_backward(grad_output: Tensor, grad_logsumexp: Tensor | None, *args: obje
     inputs = args[:_NUM_INPUTS]
     shardings = []
     for outer, placements in _shardings(*inputs[:2]):
-        # What every rank holds in full gets a share of its gradient from each; an absent input's has no elements.
-        grads = [
-            Partial() if placement.is_replicate() and outer.is_shard() and x is not None else placement
-            for x, placement in zip(inputs, placements, strict=True)
-        ]
-        grads = [Replicate() if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+        grads = _grads(outer, placements, inputs)
         grad_lse = None if grad_logsumexp is None else outer
         shardings.append((grads, [outer, grad_lse, *_present(placements, inputs), outer, outer, *_NO_PARAMETERS]))
     return shardings
+
+
+@register_sharding(na_qkv_forward)
+def _na_qkv_forward(qkv: Tensor, rpb: Tensor | None, *parameters: object) -> list[_Sharding]:
+    return [
+        ([outer, outer], [*_present(placements, (qkv, rpb)), *_NO_PARAMETERS])
+        for outer, placements in _packed_shardings(qkv)
+    ]
+
+
+@register_sharding(na_qkv_backward)
+def _na_qkv_backward(
+    grad_output: Tensor, grad_logsumexp: Tensor | None, qkv: Tensor, rpb: Tensor | None, *args: object
+) -> list[_Sharding]:
+    shardings = []
+    for outer, placements in _packed_shardings(qkv):
+        grads = _grads(outer, placements, (qkv, rpb))
+        grad_lse = None if grad_logsumexp is None else outer
+        inputs = [outer, grad_lse, *_present(placements, (qkv, rpb)), outer, outer, *_NO_PARAMETERS]
+        shardings.append((grads, inputs))
+    return shardings
+
+
+def _grads(outer: Placement, placements: Sequence[Placement], inputs: Sequence[object]) -> list[Placement]:
+    """What every rank holds in full gets a share of its gradient from each; an absent input's has no elements."""
+    grads = [Partial() if placement.is_replicate() and outer.is_shard() else placement for placement in placements]
+    return [Replicate() if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
 def _present(placements: Sequence[Placement], inputs: Sequence[object]) -> list[Placement | None]:
@@ -70,6 +92,15 @@ def _shardings(query: Tensor, key: Tensor) -> list[tuple[Placement, list[Placeme
     elif key.shape[-2] == 1 and _divides(query.mesh.shape, query.shape[-2]):
         # All query heads read the one key head.
         shardings.append((heads, [heads, whole, whole, Shard(0), whole, whole]))
+    return shardings
+
+
+def _packed_shardings(qkv: Tensor) -> list[tuple[Placement, list[Placement]]]:
+    """The same for one tensor `[B, *S, 3, H, D]` and a bias."""
+    whole = Replicate()
+    shardings = [(whole, [whole, whole]), (Shard(0), [Shard(0), whole])]
+    if _divides(qkv.mesh.shape, qkv.shape[-2]):
+        shardings.append((Shard(len(qkv.shape) - 3), [Shard(len(qkv.shape) - 2), Shard(0)]))
     return shardings
 
 

@@ -74,6 +74,18 @@ inline void narrow_lanes(Lanes x, Half* out) {
 #endif
 }
 
+// sum + x * y, rounded once wherever the instruction set can: left to itself, the compiler decides otherwise from loop
+// to loop, and a query's bits would depend on its neighbors.
+inline Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+#elif defined(__FMA__)
+  return (Lanes)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#else
+  return sum + x * y;
+#endif
+}
+
 // Keeps the compiler from loading again what it has loaded, once for each use.
 inline void hold(Lanes& x) {
 #if defined(__AVX512F__)

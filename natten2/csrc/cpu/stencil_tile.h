@@ -80,7 +80,7 @@ void score(const Scores& args, int64_t first) {
       }
       if constexpr (kQueryRows > 1) hold(keys);
 #pragma GCC unroll 4
-      for (int r = 0; r < kQueryRows; ++r) sums[r][k] += queries[r] * keys;
+      for (int r = 0; r < kQueryRows; ++r) sums[r][k] = multiply_add(queries[r], keys, sums[r][k]);
     }
   }
 #pragma GCC unroll 4
@@ -88,9 +88,8 @@ void score(const Scores& args, int64_t first) {
     const float* bias = args.bias[r];
 #pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) {
-      Lanes result = args.scale * sums[r][k];
-      if (bias) result += load_lanes(bias + (first + k) * kLanes);
-      store_lanes(result, args.out[r] + (first + k) * kLanes);
+      const Lanes added = bias ? load_lanes(bias + (first + k) * kLanes) : Lanes{};
+      store_lanes(multiply_add(splat(args.scale), sums[r][k], added), args.out[r] + (first + k) * kLanes);
     }
   }
 }
@@ -172,7 +171,7 @@ template <int kBegin, int kEnd, int kColumns, int kWidth, class Weight>
       for (int r = kBegin; r < kEnd; ++r) {
         const Lanes factor = splat(weights[source.weights[r]]);
 #pragma GCC unroll 4
-        for (int i = 0; i < kWidth; ++i) sums[c][r][i] += factor * channels[i];
+        for (int i = 0; i < kWidth; ++i) sums[c][r][i] = multiply_add(factor, channels[i], sums[c][r][i]);
       }
     }
   }

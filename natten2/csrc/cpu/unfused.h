@@ -4,6 +4,7 @@
 // knows nothing of windows.
 #pragma once
 
+#include "arena.h"
 #include "lanes.h"
 #include "traverse.h"
 #include "unfused_problem.h"
@@ -27,25 +28,14 @@ struct Pairs {
   int64_t* start;  // where each partner's window starts along the last axis
   Acc* factor;
   Acc* total;
-  Acc* next;  // scratch memory behind all this
 
-  static size_t scratch_bytes(const Problem& problem) {
-    const size_t most = static_cast<size_t>(most_found<seek>(problem));
-    return 4 * most * sizeof(int64_t) + (factors(problem) + problem.head_dim) * sizeof(Acc);
-  }
-
-  Pairs(const Problem& problem, void* memory) {
-    const int64_t most = most_found<seek>(problem);
-    Scratch<int64_t> lists(memory);
-    row = lists.take(most);
-    score = lists.take(most);
-    bias = lists.take(most);
-    start = lists.take(most);
-    Scratch<Acc> rows(lists.next);
-    factor = rows.take(factors(problem));
-    total = rows.take(problem.head_dim);
-    next = rows.next;
-  }
+  Pairs(const Problem& problem, Arena& arena)
+      : row(arena.take<int64_t>(most_found<seek>(problem))),
+        score(arena.take<int64_t>(most_found<seek>(problem))),
+        bias(arena.take<int64_t>(most_found<seek>(problem))),
+        start(arena.take<int64_t>(most_found<seek>(problem))),
+        factor(arena.take<Acc>(factors(problem))),
+        total(arena.take<Acc>(problem.head_dim)) {}
 
   // Lists a query's keys, whose rows are `rows`.
   void find_keys(const Unfused& args, const View& rows, const Token& token) {
@@ -176,17 +166,16 @@ inline const Storage* additional_row(const Unfused& args, int64_t batch, int64_t
 }
 
 // Where the additional keys are, in elements after the first one.
-struct AdditionalRows {
-  int64_t* row;
-  void* next;  // scratch memory behind
+inline void find_additional(const Unfused& args, int64_t* row) {
+  for (int64_t n = 0; n < args.problem.additional; ++n) row[n] = n * args.additional.axis[2];
+}
 
-  AdditionalRows(const Unfused& args, void* memory) {
-    Scratch<int64_t> scratch(memory);
-    row = scratch.take(args.problem.additional);
-    next = scratch.next;
-    for (int64_t n = 0; n < args.problem.additional; ++n) row[n] = n * args.additional.axis[2];
-  }
-};
+template <class Memory>
+int64_t count_bytes(const Unfused& args) {
+  Arena arena(nullptr);
+  Memory(args, arena);
+  return arena.used();
+}
 
 // A task is a block of one key head.
 template <class Storage>
@@ -210,21 +199,28 @@ struct ScorePass : BlockPass<Storage> {
 
   static int64_t work(const Unfused& args) { return BlockPass<Storage>::template work<Seek::kKeys>(args); }
 
-  static int64_t scratch_bytes(const Unfused& args) {
-    const Problem& problem = args.problem;
-    const int64_t additional = problem.additional * (sizeof(int64_t) + sizeof(Acc));
-    const int64_t rows = problem.head_dim + window_slots(problem) + problem.additional;
-    return Pairs<Seek::kKeys, Acc>::scratch_bytes(problem) + additional + rows * sizeof(Acc);
-  }
+  struct Memory {
+    int64_t* additional;
+    Pairs<Seek::kKeys, Acc> pairs;
+    Acc* query;
+    Acc* scores;
 
-  static void run(const Unfused& args, int64_t begin, int64_t end, void* memory) {
+    Memory(const Unfused& args, Arena& arena)
+        : additional(arena.take<int64_t>(args.problem.additional)),
+          pairs(args.problem, arena),
+          query(arena.take<Acc>(args.problem.head_dim)),
+          scores(arena.take<Acc>(window_slots(args.problem) + args.problem.additional)) {}
+  };
+
+  static int64_t scratch_bytes(const Unfused& args) { return count_bytes<Memory>(args); }
+
+  static void run(const Unfused& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t group = group_size(problem), channels = problem.head_dim, window = window_slots(problem);
-    const AdditionalRows additional(args, memory);
-    Pairs<Seek::kKeys, Acc> pairs(problem, additional.next);
-    Scratch<Acc> scratch(pairs.next);
-    Acc* query = scratch.take(channels);
-    Acc* scores = scratch.take(window + problem.additional);
+    Arena arena(scratch);
+    Memory memory(args, arena);
+    auto& [additional, pairs, query, scores] = memory;
+    find_additional(args, additional);
     const Acc scale = static_cast<Acc>(problem.scale), hidden = static_cast<Acc>(args.hidden);
     const auto visit = [&](const Token& token, int64_t key_head) {
       pairs.find_keys(args, args.keys, token);
@@ -238,8 +234,8 @@ struct ScorePass : BlockPass<Storage> {
         for (int64_t i = 0; i < pairs.count; ++i)
           scores[pairs.score[i]] = scale * pairs.factor[i] + (rpb ? rpb[pairs.bias[i]] : 0);
         if (problem.additional > 0) {
-          multiply_rows(additional_row<Storage>(args, token.batch, key_head, 0), additional.row, problem.additional,
-                        query, channels, pairs.factor);
+          multiply_rows(additional_row<Storage>(args, token.batch, key_head, 0), additional, problem.additional, query,
+                        channels, pairs.factor);
           for (int64_t n = 0; n < problem.additional; ++n) scores[window + n] = scale * pairs.factor[n];
         }
         store(scores, at<Storage>(args.scores, token, head), window + problem.additional);
@@ -256,16 +252,23 @@ struct SumPass : BlockPass<Storage> {
 
   static int64_t work(const Unfused& args) { return BlockPass<Storage>::template work<Seek::kKeys>(args); }
 
-  static int64_t scratch_bytes(const Unfused& args) {
-    return Pairs<Seek::kKeys, Acc>::scratch_bytes(args.problem) + args.problem.head_dim * sizeof(Acc) +
-           args.problem.additional * sizeof(int64_t);
-  }
+  struct Memory {
+    int64_t* additional;
+    Pairs<Seek::kKeys, Acc> pairs;
 
-  static void run(const Unfused& args, int64_t begin, int64_t end, void* memory) {
+    Memory(const Unfused& args, Arena& arena)
+        : additional(arena.take<int64_t>(args.problem.additional)), pairs(args.problem, arena) {}
+  };
+
+  static int64_t scratch_bytes(const Unfused& args) { return count_bytes<Memory>(args); }
+
+  static void run(const Unfused& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t group = group_size(problem), channels = problem.head_dim, window = window_slots(problem);
-    const AdditionalRows additional(args, memory);
-    Pairs<Seek::kKeys, Acc> pairs(problem, additional.next);
+    Arena arena(scratch);
+    Memory memory(args, arena);
+    auto& [additional, pairs] = memory;
+    find_additional(args, additional);
     const auto visit = [&](const Token& token, int64_t key_head) {
       pairs.find_keys(args, args.keys, token);
       const Storage* keys = static_cast<const Storage*>(args.keys.data) + key_head * args.keys.head;
@@ -277,7 +280,7 @@ struct SumPass : BlockPass<Storage> {
         add_rows(keys, pairs.row, pairs.factor, pairs.count, channels, pairs.total);
         if (problem.additional > 0) {
           load(scores + window, pairs.factor, problem.additional);
-          add_rows(additional_row<Storage>(args, token.batch, key_head, 0), additional.row, pairs.factor,
+          add_rows(additional_row<Storage>(args, token.batch, key_head, 0), additional, pairs.factor,
                    problem.additional, channels, pairs.total);
         }
         multiply(static_cast<Acc>(problem.scale), pairs.total, channels);
@@ -295,12 +298,20 @@ struct TransposedSumPass : BlockPass<Storage> {
 
   static int64_t work(const Unfused& args) { return BlockPass<Storage>::template work<Seek::kQueries>(args); }
 
-  static int64_t scratch_bytes(const Unfused& args) { return Pairs<Seek::kQueries, Acc>::scratch_bytes(args.problem); }
+  struct Memory {
+    Pairs<Seek::kQueries, Acc> pairs;
 
-  static void run(const Unfused& args, int64_t begin, int64_t end, void* memory) {
+    Memory(const Unfused& args, Arena& arena) : pairs(args.problem, arena) {}
+  };
+
+  static int64_t scratch_bytes(const Unfused& args) { return count_bytes<Memory>(args); }
+
+  static void run(const Unfused& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t group = group_size(problem), channels = problem.head_dim;
-    Pairs<Seek::kQueries, Acc> pairs(problem, memory);
+    Arena arena(scratch);
+    Memory memory(args, arena);
+    auto& pairs = memory.pairs;
     const auto visit = [&](const Token& token, int64_t key_head) {
       pairs.find_queries(args, token);
       fill_zero(pairs.total, channels);
@@ -331,18 +342,25 @@ struct AdditionalSumPass {
     return blocks_per_image(problem) * block_tokens(problem) * group_size(problem) * problem.head_dim;
   }
 
-  static int64_t scratch_bytes(const Unfused& args) {
-    return kBlock * (sizeof(int64_t) + sizeof(Acc)) + args.problem.head_dim * sizeof(Acc);
-  }
+  struct Memory {
+    int64_t* row;
+    Acc* factor;
+    Acc* total;
 
-  static void run(const Unfused& args, int64_t begin, int64_t end, void* memory) {
+    Memory(const Unfused& args, Arena& arena)
+        : row(arena.take<int64_t>(kBlock)),
+          factor(arena.take<Acc>(kBlock)),
+          total(arena.take<Acc>(args.problem.head_dim)) {}
+  };
+
+  static int64_t scratch_bytes(const Unfused& args) { return count_bytes<Memory>(args); }
+
+  static void run(const Unfused& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t group = group_size(problem), channels = problem.head_dim, window = window_slots(problem);
-    Scratch<int64_t> lists(memory);
-    int64_t* row = lists.take(kBlock);
-    Scratch<Acc> scratch(lists.next);
-    Acc* factor = scratch.take(kBlock);
-    Acc* total = scratch.take(channels);
+    Arena arena(scratch);
+    Memory memory(args, arena);
+    auto& [row, factor, total] = memory;
     for (int64_t i = 0; i < kBlock; ++i) row[i] = i * args.queries.axis[2];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task % problem.additional, key_head = task / problem.additional % problem.key_heads;
@@ -383,12 +401,20 @@ struct OffsetPass {
     return blocks * block_tokens(problem) * most_found<Seek::kKeys>(problem);
   }
 
-  static int64_t scratch_bytes(const Unfused& args) { return Pairs<Seek::kKeys, Acc>::scratch_bytes(args.problem); }
+  struct Memory {
+    Pairs<Seek::kKeys, Acc> pairs;
 
-  static void run(const Unfused& args, int64_t begin, int64_t end, void* memory) {
+    Memory(const Unfused& args, Arena& arena) : pairs(args.problem, arena) {}
+  };
+
+  static int64_t scratch_bytes(const Unfused& args) { return count_bytes<Memory>(args); }
+
+  static void run(const Unfused& args, int64_t begin, int64_t end, void* scratch) {
     const Problem& problem = args.problem;
     const int64_t blocks = problem.batch * blocks_per_image(problem);
-    Pairs<Seek::kKeys, Acc> pairs(problem, memory);
+    Arena arena(scratch);
+    Memory memory(args, arena);
+    auto& pairs = memory.pairs;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / args.parts, part = task % args.parts;
       double* sums = args.grad_rpb_parts + task * offsets(problem);
