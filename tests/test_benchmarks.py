@@ -365,3 +365,11 @@ def test_cpu_reports_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     content = json.loads(path.read_text())
     assert (content["records"], content["rates"]) == ([], None)
     assert content["memory"][0]["peak_bytes"] == {"natten2": 3 << 20, "swin": 4 << 20}
+
+
+def test_overhead_compares_calls_without_and_with_gradients(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    main(["overhead", "--rounds", "1", "--json", str(tmp_path / "overhead.json")])
+    rows = json.loads((tmp_path / "overhead.json").read_text())["microseconds"]
+    assert {"aten::add", "SDPA", "Python operator", "natten2 operator", "natten2.na1d"} <= set(rows)
+    assert all(0 < row["no gradient"] < row["with backward"] for row in rows.values())
+    assert "more than a Python operator" in capsys.readouterr().out
