@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 SOURCES := CMakeLists.txt $(shell find natten2/csrc -type f)
+CPP := $(filter-out CMakeLists.txt,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
 
 .PHONY: demo test test-long lint format bench build clean
 
@@ -19,12 +20,12 @@ test-long: .venv/natten2
 lint: .venv/natten2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter-out CMakeLists.txt,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: .venv/natten2
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter-out CMakeLists.txt,$(SOURCES))
+	$(BIN)/clang-format -i $(CPP)
 
 bench: .venv/natten2
 	$(BIN)/python -m benchmarks cpu --case shapes corners --memory --json benchmarks/results/cpu.json

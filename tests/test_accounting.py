@@ -76,7 +76,7 @@ def test_flops_of_a_module_are_those_of_its_parts():
     assert counter.get_total_flops() == projections + attention
 
 
-def test_flops_of_symbolic_sizes():
+def test_flops_of_an_exported_program():
     class Attention(torch.nn.Module):
         def forward(self, query: Tensor) -> Tensor:
             return natten2.na2d(query, query, query, 3, is_causal=(True, False), stride=2)

@@ -374,3 +374,11 @@ def test_phases_are_timed(capsys: pytest.CaptureFixture[str]):
     main(["phases", "--rounds", "1"])
     table = capsys.readouterr().out
     assert all(name in table for name in PHASES)
+
+
+def test_overhead_compares_calls_without_and_with_gradients(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    main(["overhead", "--rounds", "1", "--json", str(tmp_path / "overhead.json")])
+    rows = json.loads((tmp_path / "overhead.json").read_text())["microseconds"]
+    assert {"aten::add", "SDPA", "Python operator", "natten2 operator", "natten2.na1d"} <= set(rows)
+    assert all(0 < row["no gradient"] < row["with backward"] for row in rows.values())
+    assert "more than a Python operator" in capsys.readouterr().out

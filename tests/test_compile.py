@@ -1,8 +1,12 @@
 """What the compiler sees: one graph, one node, no copies, no needless recompilation."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,3 +351,36 @@ def test_inductor_can_not_plan_a_result_that_nobody_reads():
             torch.compile(lambda x: torch.ops.natten2_test.pair(x)[0] * 2, fullgraph=True)(torch.ones(3))
     finally:
         library._destroy()
+
+
+@pytest.mark.long
+def test_the_cpp_wrapper_calls_the_operator():
+    block, x = Block().double(), torch.randn(2, 5, 6, 16, dtype=torch.float64)
+    compiled = torch.compile(block, fullgraph=True, options={"cpp_wrapper": True})
+    torch.testing.assert_close(outputs_and_gradients(compiled, block, x), outputs_and_gradients(block, block, x))
+
+
+CACHED = """
+import torch, natten2
+from torch._dynamo.utils import counters
+query = torch.arange(96.0).reshape(1, 4, 3, 2, 4).sin().requires_grad_()
+output = torch.compile(natten2.na2d, fullgraph=True)(query, query, query, 3)
+(grad,) = torch.autograd.grad(output.square().sum(), query)
+found = counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]
+print(*found, grad.square().sum().item())
+"""
+
+
+@pytest.mark.long
+def test_a_second_process_compiles_nothing(tmp_path: Path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    del environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]
+    first, second = (
+        subprocess.run([sys.executable, "-c", CACHED], env=environment, check=True, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    (hits, misses, norm), (hits_again, misses_again, norm_again) = (run.stdout.split() for run in (first, second))
+    assert (hits, misses, hits_again, misses_again) == ("0", "1", "1", "0")
+    query = torch.arange(96.0).reshape(1, 4, 3, 2, 4).sin().requires_grad_()
+    (grad,) = torch.autograd.grad(natten2.na2d(query, query, query, 3).square().sum(), query)
+    torch.testing.assert_close(torch.tensor([float(norm), float(norm_again)]), grad.square().sum().expand(2))

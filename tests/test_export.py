@@ -1,5 +1,10 @@
 """What leaves Python: exported programs, packages of AOTInductor, ONNX; and what does not, TorchScript."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +14,12 @@ from problems import random_problem
 from torch import Tensor
 
 import natten2
+from natten2 import _extension
 from natten2.ops import reference
+from natten2.ops.schemas import na_backward, na_forward
 
+ROOT = Path(__file__).parent.parent
+TOOLS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 UNSUPPORTED = "natten2 doesn't support torch.jit: use torch.compile or torch.export"
 
 
@@ -129,12 +138,55 @@ def test_torchscript_raises(convert: Callable):
         convert()
 
 
-@pytest.mark.long
-def test_a_package_of_aotinductor(tmp_path: Path):
-    model = Attention(torch.float64)
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Attention]:
+    """A package of AOTInductor with dynamic batch, height, and width, and the model in it."""
+    model, path = Attention(torch.float64), tmp_path_factory.mktemp("package") / "attention.pt2"
     with torch.no_grad():
-        path = torch._inductor.aoti_compile_and_package(exported(model), package_path=str(tmp_path / "attention.pt2"))
-        package = torch._inductor.aoti_load_package(path)
-        for batch, spatial in ((1, (6, 9)), (3, (13, 4))):
-            others = inputs(batch, spatial)
-            torch.testing.assert_close(tuple(package(*others)), model.reference(*others))
+        torch._inductor.aoti_compile_and_package(exported(model), package_path=str(path))
+    return path, model
+
+
+OTHERS = [(1, (6, 9)), (3, (13, 4))]
+
+
+@pytest.mark.long
+def test_a_package_of_aotinductor(package: tuple[Path, Attention]):
+    path, model = package
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for batch, spatial in OTHERS:
+        others = inputs(batch, spatial)
+        torch.testing.assert_close(tuple(loaded(*others)), model.reference(*others))
+
+
+def run(*command: str | Path) -> None:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("cmake", path=TOOLS) is None, reason="CMake builds the program")
+@pytest.mark.timeout(1200)
+def test_a_program_without_python_runs_the_package(package: tuple[Path, Attention], tmp_path: Path):
+    path, model = package
+    cmake = shutil.which("cmake", path=TOOLS)
+    run(cmake, "-S", ROOT, "-B", tmp_path, "-DNATTEN2_CPP=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    run(cmake, "--build", tmp_path, "--target", "natten2_schemas", "run_package")
+    libraries = tmp_path / "natten2_schemas.so", _extension.library_path()
+    for batch, spatial in OTHERS:
+        others = inputs(batch, spatial)
+        torch.save(list(others), tmp_path / "inputs.pt")
+        run(tmp_path / "run_package", *libraries, path, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+        results = torch.load(tmp_path / "outputs.pt")
+        torch.testing.assert_close(tuple(results), model.reference(*others))
+
+
+def test_the_schemas_for_programs_without_python_are_those_of_python():
+    source = (ROOT / "natten2" / "csrc" / "schemas.cpp").read_text()
+    macros = dict(re.findall(r'#define (\w+)\s+(?:\\\n\s*)?("[^"]*")', source))
+    (body,) = re.findall(r"STABLE_TORCH_LIBRARY\(natten2, m\) {(.*)}", source, re.DOTALL)
+    for name, text in macros.items():
+        body = body.replace(name, text)
+    schemas = ["".join(re.findall(r'"([^"]*)"', call)) for call in body.split("m.def(")[1:]]
+    in_python = [op._schema for op in (na_forward, na_backward)]
+    assert [torch._C.parse_schema(f"natten2::{schema}") for schema in schemas] == in_python

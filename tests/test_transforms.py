@@ -18,7 +18,7 @@ from natten2.ops.schemas import na_backward, na_forward
 TRANSFORMS = AUTOGRAD | EAGER | FUNCTIONAL
 OPERATORS = {"na_forward": (na_forward, reference.na_forward), "na_backward": (na_backward, reference.na_backward)}
 # What is also compiled in short runs.
-QUICK = ("backward", "double backward", "grad", "jvp", "vmap", "hessian")
+QUICK = ("backward", "double backward", "grad", "jvp", "vmap")
 # Where PyTorch itself has no answer, it says so.
 RAISES = {("double backward", "compiled"): "does not currently support double backward"}
 

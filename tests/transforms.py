@@ -56,8 +56,15 @@ def _vmap(f: Function, x: Tensor, t: Tensor) -> Tensor:
 
 # Those of autograd, which go on after a function has returned.
 AUTOGRAD: dict[str, Transform] = {"backward": _reverse, "double backward": _double_backward}
-# The compiler itself drops dual numbers, whatever the operator.
-EAGER: dict[str, Transform] = {"dual numbers": _dual_numbers, "dual numbers over backward": _forward_over_reverse}
+# What isn't compiled: the compiler drops dual numbers and can't trace torch.func.linearize, whatever the operator, and
+# compiles nested forward mode only at times.
+EAGER: dict[str, Transform] = {
+    "dual numbers": _dual_numbers,
+    "dual numbers over backward": _forward_over_reverse,
+    "linearize": _linearize,
+    "jacfwd of jacfwd": lambda f, x, t: jacfwd(jacfwd(_loss(f)))(x),
+    "jvp of jvp": lambda f, x, t: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (t.cos(),)),
+}
 # Those of torch.func, which the compiler sees as a whole.
 FUNCTIONAL: dict[str, Transform] = {
     "grad": lambda f, x, t: grad(_loss(f))(x),
@@ -68,15 +75,12 @@ FUNCTIONAL: dict[str, Transform] = {
     "hessian": lambda f, x, t: hessian(_loss(f))(x),
     "jacrev of jacrev": lambda f, x, t: jacrev(jacrev(_loss(f)))(x),
     "jacrev of jacfwd": lambda f, x, t: jacrev(jacfwd(_loss(f)))(x),
-    "jacfwd of jacfwd": lambda f, x, t: jacfwd(jacfwd(_loss(f)))(x),
-    "jvp of jvp": lambda f, x, t: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (t.cos(),)),
     "grad of grad": lambda f, x, t: grad(lambda y: (grad(_loss(f))(y) * t).sum())(x),
     "jvp of grad": lambda f, x, t: jvp(grad(_loss(f)), (x,), (t,)),
     "grad of jvp": lambda f, x, t: grad(lambda y: jvp(_loss(f), (y,), (t,))[1])(x),
     "grad of grad of grad": lambda f, x, t: grad(
         lambda z: (grad(lambda y: (grad(_loss(f))(y) * t).sum())(z) * t).sum()
     )(x),
-    "linearize": _linearize,
     "vmap": _vmap,
     "vmap of vmap": lambda f, x, t: vmap(vmap(f))(torch.stack((_directions(x), _directions(t)))),
     "vmap of grad": lambda f, x, t: vmap(grad(_loss(f)))(_directions(x)),
