@@ -53,7 +53,11 @@ FURTHER = (
     ("no recompilation for another batch or size", test_compile, "a_new_batch_or_image_size_compiles_nothing"),
     ("compiled autograd", test_compile, "compiled_autograd_of_an_eager_forward"),
     ("compiled autocast", test_compile, "compiled_autocast_is_eager_autocast"),
+    ("`cpp_wrapper`", test_compile, "the_cpp_wrapper_calls_the_operator"),
+    ("compile caches, hit by a second process", test_compile, "a_second_process_compiles_nothing"),
     ("`torch.export`, dynamic batch, height, and width", test_export, "export_with_dynamic_sizes"),
+    ("AOTInductor on the CPU, the same sizes dynamic", test_export, "a_package_of_aotinductor"),
+    ("the package in a C++ program without Python", test_export, "a_program_without_python_runs_the_package"),
     ("ONNX, dynamic batch, in onnxruntime", test_export, "onnx"),
     ("`torch.jit.trace`, `torch.jit.script`", test_export, "torchscript_raises"),
 )
