@@ -100,7 +100,8 @@ def na2d(
     Raises:
         ValueError: A shape, stride, device, or parameter is not allowed; the message names it.
         TypeError: An argument or a tensor's dtype is of the wrong type.
-        NotImplementedError: A tensor is sparse, quantized, or nested.
+        NotImplementedError: A tensor is sparse, quantized, or nested; but query, key, and value may all be jagged
+            nested tensors, with one ragged spatial axis.
     """
     return _neighborhood_attention(
         2,
