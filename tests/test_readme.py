@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_ten_lines_run(monkeypatch: pytest.MonkeyPatch):
     # Compiling the whole model takes minutes, and tests of its own do that.
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: model)
-    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    program = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     variables: dict[str, object] = {}
     exec(program, variables)
     assert variables["output"].shape == (2, 56, 56, 4, 32)
