@@ -172,7 +172,7 @@ def test_shapes_are_measured_against_what_they_are_meant_for():
         case.name: {name for name, one in IMPLEMENTATIONS.items() if one.meaning(case) is not None} - {"natten"}
         for case in SHAPES
     }
-    everything = {OURS, "gather", "swin", "swin-sdpa", "dense", "flex"}
+    everything = {OURS, "gather", "unfused", "swin", "swin-sdpa", "dense", "flex"}
     assert names["nat-tiny-1"] == names["nat-tiny-4-batch"] == names["hdit-1"] == everything
     assert names["nat-tiny-1-batch"] == everything - {"dense"}
     assert names["dinat-tiny-2"] == everything | {"undilated"}
@@ -279,7 +279,7 @@ def test_cpu_writes_every_number_it_measured(tmp_path: Path, capsys: pytest.Capt
         for mode in ("fwd", "fwdbwd")
     ]
     for record in content["records"]:
-        rivals = {"gather", "dense", *(("swin", "swin-sdpa") if record["case"] == "nat-tiny-4" else ())}
+        rivals = {"gather", "unfused", "dense", *(("swin", "swin-sdpa") if record["case"] == "nat-tiny-4" else ())}
         assert record["ratio"].keys() == rivals
         assert record["median_ms"].keys() == record["min_ms"].keys() == {"natten2", *rivals}
         assert record["share_of_peak"].keys() == record["median_ms"].keys()
