@@ -33,7 +33,7 @@ NOTE = """
 Reverse mode runs kernels; forward mode and second derivatives run the reference, in memory linear in the number of
 tokens. A dash is for what isn't compiled: PyTorch's compiler drops the tangents of dual numbers (compile
 `torch.func.jvp` instead) and can't trace `linearize`, whatever the operator; nested forward mode it compiles at
-times, and raises at others.
+times, and raises at others; `vmap` of `hessian` raises.
 
 ## Everything else
 """

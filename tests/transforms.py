@@ -57,13 +57,14 @@ def _vmap(f: Function, x: Tensor, t: Tensor) -> Tensor:
 # Those of autograd, which go on after a function has returned.
 AUTOGRAD: dict[str, Transform] = {"backward": _reverse, "double backward": _double_backward}
 # What isn't compiled: the compiler drops dual numbers and can't trace torch.func.linearize, whatever the operator, and
-# compiles nested forward mode only at times.
+# compiles nested forward mode only at times; of a mapped hessian it raises.
 EAGER: dict[str, Transform] = {
     "dual numbers": _dual_numbers,
     "dual numbers over backward": _forward_over_reverse,
     "linearize": _linearize,
     "jacfwd of jacfwd": lambda f, x, t: jacfwd(jacfwd(_loss(f)))(x),
     "jvp of jvp": lambda f, x, t: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (t.cos(),)),
+    "vmap of hessian": lambda f, x, t: vmap(hessian(_loss(f)))(torch.stack((x, t))),
 }
 # Those of torch.func, which the compiler sees as a whole.
 FUNCTIONAL: dict[str, Transform] = {
@@ -86,7 +87,6 @@ FUNCTIONAL: dict[str, Transform] = {
     "vmap of grad": lambda f, x, t: vmap(grad(_loss(f)))(_directions(x)),
     "vmap of vjp": lambda f, x, t: vmap(lambda u: vjp(f, x)[1](u))(_directions(f(x))),
     "vmap of jvp": lambda f, x, t: vmap(lambda u: jvp(f, (x,), (u,)))(_directions(t)),
-    "vmap of hessian": lambda f, x, t: vmap(hessian(_loss(f)))(torch.stack((x, t))),
     "grad of vmap": lambda f, x, t: grad(lambda y: vmap(f)(torch.stack((y, y * t))).sin().sum())(x),
     "jvp of vmap": lambda f, x, t: jvp(vmap(f), (torch.stack((x, t)),), (torch.stack((t, x)),)),
 }
