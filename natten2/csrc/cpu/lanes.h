@@ -23,6 +23,18 @@ using LaneInts [[gnu::vector_size(kLanes * sizeof(int32_t))]] = int32_t;
 using LaneBits [[gnu::vector_size(kLanes * sizeof(uint32_t))]] = uint32_t;
 using LaneShorts [[gnu::vector_size(kLanes * sizeof(uint16_t))]] = uint16_t;
 
+// Of a lambda.
+#define NATTEN2_INLINE __attribute__((always_inline))
+
+// Calls `act` with the constants kBegin to kEnd - 1. Unrolled by the language, since arrays of vectors that a loop
+// indexes, unrolled or not, the compiler would keep in memory.
+template <int kBegin, int kEnd, class Act>
+[[gnu::always_inline]] inline void unrolled(Act&& act) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) NATTEN2_INLINE {
+    (act(std::integral_constant<int, kBegin + kIndex>()), ...);
+  }(std::make_integer_sequence<int, kEnd - kBegin>());
+}
+
 // Subtracting zero changes no number, so that the compiler leaves a plain broadcast.
 inline Lanes splat(float x) { return x - Lanes{}; }
 
@@ -86,15 +98,25 @@ inline Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
 #endif
 }
 
+// The same, into a register that keeps its sum: the compiler would move it from one to another.
+[[gnu::always_inline]] inline void accumulate(Lanes x, Lanes y, Lanes& sum) {
+#if defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+#elif defined(__FMA__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
+#else
+  sum += x * y;
+#endif
+}
+
 // Keeps the compiler from loading again what it has loaded, once for each use.
-inline void hold(Lanes& x) {
+inline Lanes held(Lanes x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__SSE2__)
   asm("" : "+x"(x));
-#else
-  (void)x;
 #endif
+  return x;
 }
 
 // Each lane from one of two vectors that follow each other: lane i is number index[i] of both.
@@ -109,6 +131,19 @@ inline Lanes pick(Lanes low, Lanes high, LaneInts index) {
   Lanes result;
   for (int i = 0; i < kLanes; ++i) result[i] = index[i] < kLanes ? low[index[i]] : high[index[i] - kLanes];
   return result;
+#endif
+}
+
+// Whether all lanes of a comparison hold.
+inline bool all_lanes(LaneInts holds) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)holds) == kAllLanes;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)holds) == 0xff;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (!holds[i]) return false;
+  return true;
 #endif
 }
 
@@ -141,12 +176,12 @@ inline Lanes exponential(Lanes x) {
   const Lanes shifted = x * kLog2E + kRound;
   const Lanes count = shifted - kRound;
   const Lanes rest = (x - count * kLn2High) - count * kLn2Low;
-  Lanes polynomial = 1.9875691500e-4f * rest + 1.3981999507e-3f;
-  polynomial = polynomial * rest + 8.3334519073e-3f;
-  polynomial = polynomial * rest + 4.1665795894e-2f;
-  polynomial = polynomial * rest + 1.6666665459e-1f;
-  polynomial = polynomial * rest + 5.0000001201e-1f;
-  polynomial = polynomial * rest * rest + rest + 1.0f;
+  // In pairs, since the processor waits for the longest chain of operations.
+  const Lanes square = rest * rest;
+  const Lanes high = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+  const Lanes middle = 8.3334519073e-3f * rest + 4.1665795894e-2f;
+  const Lanes low = 1.6666665459e-1f * rest + 5.0000001201e-1f;
+  const Lanes polynomial = ((high * square + middle) * square + low) * square + rest + 1.0f;
 #if defined(__AVX512F__)
   return (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)polynomial, (__m512)count);
 #else
@@ -176,8 +211,10 @@ inline Lanes logarithm(Lanes x) {
   polynomial = polynomial * rest + 3.3333331174e-1f;
   const Lanes square = rest * rest;
   Lanes result = rest + (polynomial * rest * square + (count * kLn2Low - 0.5f * square)) + count * kLn2High;
-  for (int i = 0; i < kLanes; ++i)
-    if (!(x[i] >= 1.17549435e-38f && x[i] <= 3.40282347e38f)) result[i] = std::log(x[i]);
+  const LaneInts is_normal = (x >= splat(1.17549435e-38f)) & (x <= splat(3.40282347e38f));
+  if (!all_lanes(is_normal))
+    for (int i = 0; i < kLanes; ++i)
+      if (!is_normal[i]) result[i] = std::log(x[i]);
   return result;
 }
 

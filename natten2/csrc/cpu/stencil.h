@@ -48,37 +48,6 @@ inline void load_by_token(const Storage* base, const int64_t* offsets, int64_t c
   }
 }
 
-// Asks for tokens that are wanted soon.
-template <class Storage>
-inline void prefetch_tokens(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels) {
-  constexpr int64_t kLine = 64 / sizeof(Storage);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t channel = 0; channel < channels; channel += kLine)
-      __builtin_prefetch(base + offsets[t] + channel, 0, 2);
-}
-
-// Columns that are summed together, since both have as many tokens; the second is -1 where none is left.
-struct ColumnPair {
-  int32_t columns[2];
-};
-
-// Pairs up the columns [0, count), of which `tokens(column)` have that many tokens, at most `most`; those that have
-// none are left out. Returns the number of pairs.
-template <class TokenCount>
-inline int64_t pair_columns(int64_t count, int64_t most, int32_t* waiting, TokenCount&& tokens, ColumnPair* pairs) {
-  int64_t found = 0;
-  for (int64_t n = 1; n <= most; ++n) waiting[n] = -1;
-  for (int32_t column = 0; column < count; ++column) {
-    const int64_t n = tokens(column);
-    if (n <= 0) continue;
-    if (waiting[n] >= 0) pairs[found++] = {{waiting[n], column}};
-    waiting[n] = waiting[n] >= 0 ? -1 : column;
-  }
-  for (int64_t n = 1; n <= most; ++n)
-    if (waiting[n] >= 0) pairs[found++] = {{waiting[n], -1}};
-  return found;
-}
-
 // A problem's sizes that the inner loops want.
 struct Sizes {
   int64_t heads_per_key, key_vectors, value_vectors;
@@ -113,7 +82,6 @@ class SheetWalk {
         columns(args.problem, cut, arena),
         slots(cut.row_slots[0], cut.row_slots[1], arena),
         key_rows(arena.take<KeyRow>(sizes.sources)),
-        waiting_(arena.take<int32_t>(args.problem.axes[2].kernel_size + 1)),
         bias_(args.rpb ? arena.take<float>(sizes.heads_per_key * most_blocks(cut) * sizes.block_bias) : nullptr) {}
 
   // Returns whether the columns have changed.
@@ -178,44 +146,23 @@ class SheetWalk {
   void score_block(const RowTile& tile, int64_t b, const float* keys, const float* queries, int64_t channels,
                    bool is_biased, float scale, float* out) const {
     const Block& block = columns.block_at(b);
+    Scores scores;
+    scores.pitch = sizes.pitch;
+    scores.index = block.index;
+    scores.query_row = channels * kLanes;
+    scores.channels = channels;
+    scores.scale = scale;
     for (int64_t s = 0; s < key_row_count; ++s) {
       const KeyRow& row = key_rows[s];
-      Scores scores = {keys + row.slot * channels * sizes.pitch + block.key,
-                       sizes.pitch,
-                       s + 1 < key_row_count ? (key_rows[s + 1].slot - row.slot) * channels * sizes.pitch : 0,
-                       block.index,
-                       queries + row.begin * channels * kLanes,
-                       channels * kLanes,
-                       channels,
-                       scale,
-                       {},
-                       {}};
+      scores.keys = keys + row.slot * channels * sizes.pitch + block.key;
+      scores.next = s + 1 < key_row_count ? (key_rows[s + 1].slot - row.slot) * channels * sizes.pitch : 0;
+      scores.queries = queries + row.begin * channels * kLanes;
       for (int r = row.begin; r < row.end; ++r) {
-        if (is_biased) scores.bias[r - row.begin] = bias_ + bias_offset(tile, r, row, b);
+        scores.bias[r - row.begin] = is_biased ? bias_ + bias_offset(tile, r, row, b) : nullptr;
         scores.out[r - row.begin] = out + row.scores[r];
       }
       score_rows(block.fetch, scores, row.end - row.begin, problem.axes[2].kernel_size, block.most_keys);
     }
-  }
-
-  // Ask for a block's share of the rows that the next tile loads.
-  template <class Storage>
-  void prefetch_queries(const View& view, const int64_t* token_offsets, int64_t channels, const RowTile& tile,
-                        const Block& block) const {
-    const int64_t rows = larger(1, kRows / sizes.heads_per_key), first = tile.p1[0] + rows;
-    for (int64_t p1 = first; p1 < smaller(height(), first + rows); ++p1)
-      prefetch_tokens(static_cast<const Storage*>(view.data) + row_offset(view, tile.p0, p1),
-                      token_offsets + block.first, block.count, channels);
-  }
-  template <class Storage>
-  void prefetch_keys(const View& view, const int64_t* token_offsets, int64_t channels, const RowTile& tile,
-                     const Block& block) const {
-    const int64_t rows = larger(1, kRows / sizes.heads_per_key), first = tile.all_keys1.end;
-    const int64_t count = smaller(block.count, columns.keys() - block.first);
-    for (int64_t p0 = tile.keys0.begin; p0 < tile.keys0.end; ++p0)
-      for (int64_t p1 = first; p1 < smaller(height(), first + rows); ++p1)
-        prefetch_tokens(static_cast<const Storage*>(view.data) + row_offset(view, p0, p1), token_offsets + block.first,
-                        count, channels);
   }
 
   // Idle lanes read behind the last column: numbers that are quick to compute with, at least.
@@ -223,13 +170,6 @@ class SheetWalk {
     const int64_t begin = columns.keys() / kLanes * kLanes;
     for (int64_t row = 0; row < slots.size() * channels; ++row)
       fill_zero(keys + row * sizes.pitch + begin, sizes.pitch - begin);
-  }
-
-  // Pairs up the query columns of a block that see as many keys; returns the number of pairs.
-  int64_t pair_queries(const Block& block, ColumnPair* pairs) {
-    const int32_t* tokens = columns.sizes() + block.first;
-    return pair_columns(
-        block.count, problem.axes[2].kernel_size, waiting_, [&](int64_t column) { return tokens[column]; }, pairs);
   }
 
   // Visits the scores of a query row in pieces without gaps: `act(first, vectors)`.
@@ -290,25 +230,27 @@ class SheetWalk {
     }
   }
 
-  int32_t* waiting_;
   float* bias_;
 };
 
-// Visits pairs of columns and vectors of channels so that enough sums run side by side, but not more than fit in
-// registers: `act(columns, width, column, vector)`, the first two as types, the third as an array.
-template <class Act>
-inline void for_each_sum(const ColumnPair* pairs, int64_t count, int64_t vectors, Act&& act) {
+// Visits neighboring columns, and vectors of channels, so that enough sums run side by side, but not more than fit in
+// registers: `act(columns, width, column, vector, span)`, the first two as types. Columns without tokens are left out.
+template <class TokensOf, class Act>
+inline void for_each_sum(int64_t count, int64_t vectors, TokensOf&& tokens_of, Act&& act) {
   constexpr std::integral_constant<int, 1> kOne;
   const auto run = [&](auto most, auto width, int64_t vector) {
-    for (const ColumnPair* pair = pairs; pair < pairs + count; ++pair) {
-      if (pair->columns[1] < 0) {
-        act(kOne, width, pair->columns, vector);
-      } else if constexpr (most() == 2) {
-        act(most, width, pair->columns, vector);
-      } else {
-        act(kOne, width, pair->columns, vector);
-        act(kOne, width, pair->columns + 1, vector);
+    for (int64_t column = 0; column < count; ++column) {
+      const Interval tokens = tokens_of(column);
+      if (tokens.size() <= 0) continue;
+      if constexpr (most() == 2) {
+        const Interval next = column + 1 < count ? tokens_of(column + 1) : Interval{};
+        if (next.size() > 0) {
+          act(most, width, column, vector, span(tokens, next));
+          ++column;
+          continue;
+        }
       }
+      act(kOne, width, column, vector, span(tokens));
     }
   };
   int64_t vector = 0;
@@ -317,6 +259,39 @@ inline void for_each_sum(const ColumnPair* pairs, int64_t count, int64_t vectors
     for (; vector + 2 <= vectors; vector += 2)
       run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>(), vector);
   for (; vector < vectors; ++vector) run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>(), vector);
+}
+
+// Sums tokens for the query columns of a block: `weights` holds a row of lanes for each token of a window. `row(r,
+// column)` is where the sums of a column go, in whole vectors if `Storage` is float, or null.
+template <class Storage, class RowOf>
+inline void sum_queries(const Columns& columns, const Block& block, const Source* sources, int64_t source_count,
+                        const float* weights, int64_t channels, float scale, RowOf&& row_of) {
+  const int32_t* sizes = columns.sizes() + block.first;
+  const int32_t* starts = columns.starts() + block.first;
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  for_each_sum(
+      block.count, vectors, [&](int64_t column) { return Interval{starts[column], starts[column] + sizes[column]}; },
+      [&](auto columns, auto width, int64_t column, int64_t vector, const Span& span) NATTEN2_INLINE {
+        const int64_t channel = vector * kLanes, count = channels - channel;
+        ColumnSums sums = {sources, source_count, vectors * kLanes, channel, span, {}};
+        Storage* out[columns()][kRows];
+        const bool is_direct = std::is_same_v<Storage, float> && count >= width() * kLanes;
+        float some[columns()][kRows][width() * kLanes];
+        for (int c = 0; c < columns(); ++c)
+          for (int r = 0; r < kRows; ++r) {
+            out[c][r] = row_of(r, column + c);
+            if (!out[c][r]) continue;
+            out[c][r] += channel;
+            sums.out[c][r] = is_direct ? reinterpret_cast<float*>(out[c][r]) : some[c][r];
+          }
+        sum_query_columns<columns(), width()>(sums, weights + column - starts[column] * kLanes,
+                                              columns() == 2 ? starts[column + 1] - starts[column] : 0, scale);
+        if (is_direct) return;
+        for (int c = 0; c < columns(); ++c)
+          for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < width() && out[c][r]; ++i)
+              narrow_some(load_lanes(some[c][r] + i * kLanes), out[c][r] + i * kLanes, count - i * kLanes);
+      });
 }
 
 }  // namespace NATTEN2_ISA

@@ -32,7 +32,6 @@ class StencilBackward {
         owned_keys_(arena.take<int32_t>(cut.most_keys)),
         seen_begin_(arena.take<int32_t>(cut.most_keys)),
         seen_end_(arena.take<int32_t>(cut.most_keys)),
-        key_pairs_(arena.take<ColumnPair>(cut.most_keys)),
         sources_(arena.take<Source>(sizes_.sources)),
         owned_rows_(arena.take<OwnedRow>(sizes_.sources)),
         keys_by_channel_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
@@ -46,14 +45,10 @@ class StencilBackward {
         grad_outputs_by_channel_(arena.take<float>(kRows * problem_.value_dim * kLanes)),
         weights_(arena.take<float>(kRows * sizes_.window_scores)),
         grad_scores_(arena.take<float>(kRows * sizes_.window_scores)),
-        unowned_(arena.take<float>(cut.most_keys * larger(key_channels_, value_channels_))),
         grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
         grad_bias_(arena.take<float>(grad_bias_size_)) {}
 
-  void start() {
-    fill_zero(grad_bias_, grad_bias_size_);
-    fill_zero(unowned_, cut_.most_keys * larger(key_channels_, value_channels_));
-  }
+  void start() { fill_zero(grad_bias_, grad_bias_size_); }
 
   void run(const Sheet& sheet) {
     if (walk_.start(sheet)) start_columns();
@@ -156,7 +151,6 @@ class StencilBackward {
 
   void run_block(const RowTile& tile, int64_t b) {
     const Block& block = walk_.columns.block_at(b);
-    prefetch(tile, block);
     for (int r = 0; r < tile.count; ++r) load_queries(tile, block, r);
     walk_.score_block(tile, b, keys_by_channel_, queries_by_channel_, problem_.head_dim, args_.forward.rpb,
                       static_cast<float>(problem_.scale), weights_);
@@ -221,15 +215,6 @@ class StencilBackward {
     for (int i = 0; i < kLanes; ++i) delta_[r] += products[i];
   }
 
-  void prefetch(const RowTile& tile, const Block& block) const {
-    const Forward& forward = args_.forward;
-    walk_.prefetch_queries<Storage>(forward.query, query_offsets_, problem_.head_dim, tile, block);
-    walk_.prefetch_queries<Storage>(args_.grad_output, grad_output_offsets_, problem_.value_dim, tile, block);
-    walk_.prefetch_queries<Storage>(forward.output, output_offsets_, problem_.value_dim, tile, block);
-    walk_.prefetch_keys<Storage>(forward.key, key_offsets_, problem_.head_dim, tile, block);
-    walk_.prefetch_keys<Storage>(forward.value, value_offsets_, problem_.value_dim, tile, block);
-  }
-
   // Adds the gradients of a block's scores to those of the bias, by slot and lane.
   void add_bias(const RowTile& tile, int64_t b) {
     for (int64_t s = 0; s < walk_.key_row_count; ++s) {
@@ -245,34 +230,15 @@ class StencilBackward {
   }
 
   void sum_grad_queries(const RowTile& tile, const Block& block) {
-    const int32_t* sizes = walk_.columns.sizes() + block.first;
-    const int32_t* starts = walk_.columns.starts() + block.first;
-    const int32_t* owned = walk_.columns.owned() + block.first;
     Storage* rows[kRows] = {};
     for (int r = 0; r < tile.count; ++r)
       if (owns(tile, r)) rows[r] = row_of<Storage>(args_.grad_query, tile, r);
-    const float scale = static_cast<float>(problem_.scale);
-    ColumnPair pairs[kLanes];
-    const int64_t count = walk_.pair_queries(block, pairs);
-    for_each_sum(pairs, count, sizes_.key_vectors,
-                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
-                   Tokens<columns()> tokens = {{}, sizes[column[0]], key_channels_};
-                   const float* weights[columns()];
-                   for (int c = 0; c < columns(); ++c) {
-                     tokens.first[c] = starts[column[c]];
-                     weights[c] = grad_scores_ + column[c];
-                   }
-                   Sums<columns(), width()> sums = {};
-                   add_sources<columns(), width()>(
-                       sources_, walk_.key_row_count, vector * kLanes, tokens,
-                       [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
-                   for_each_of<columns(), width()>(sums, [&](Lanes sum, int c, int r, int i) {
-                     if (!rows[r] || !owned[column[c]]) return;
-                     const int64_t channel = (vector + i) * kLanes;
-                     narrow_some(scale * sum, rows[r] + grad_query_offsets_[block.first + column[c]] + channel,
-                                 problem_.head_dim - channel);
-                   });
-                 });
+    const int64_t* offsets = grad_query_offsets_ + block.first;
+    const int32_t* owned = walk_.columns.owned() + block.first;
+    sum_queries<Storage>(walk_.columns, block, sources_, walk_.key_row_count, grad_scores_, problem_.head_dim,
+                         static_cast<float>(problem_.scale), [&](int r, int64_t column) {
+                           return rows[r] && owned[column] ? rows[r] + offsets[column] : nullptr;
+                         });
   }
 
   // Finds the lanes of a block that see each key column, and pairs up the columns that the sheet owns.
@@ -292,12 +258,6 @@ class StencilBackward {
         seen_end_[key] = i + 1;
       }
     }
-    int32_t waiting[kLanes + 1];
-    const auto tokens = [&](int64_t key) {
-      const int64_t column = seen_keys_.begin + key;
-      return owned_keys_[column] ? seen_end_[column] - seen_begin_[column] : 0;
-    };
-    key_pair_count_ = pair_columns(seen_keys_.size(), kLanes, waiting, tokens, key_pairs_);
   }
 
   // Adds what a block's queries give to the gradients of up to kRows key rows that follow each other.
@@ -330,28 +290,18 @@ class StencilBackward {
                 float* const (&rows)[kRows]) const {
     const int64_t channels = vectors * kLanes;
     for_each_sum(
-        key_pairs_, key_pair_count_, vectors, [&](auto columns, auto width, const int32_t* column, int64_t vector) {
-          const int64_t first = seen_keys_.begin + column[0];
-          Tokens<columns()> tokens = {{}, seen_end_[first] - seen_begin_[first], channels};
-          const float* first_weights[columns()];
-          const int32_t* offsets[columns()];
-          for (int c = 0; c < columns(); ++c) {
-            const int64_t key = seen_keys_.begin + column[c];
-            tokens.first[c] = seen_begin_[key];
-            first_weights[c] = weights + key * kLanes;
-            offsets[c] = weight_offsets_ + seen_begin_[key];
-          }
-          const int64_t next = (column[columns() - 1] - column[0]) * channels;
-          float* out[kRows];
-          for (int r = 0; r < kRows; ++r) out[r] = (rows[r] ? rows[r] + first * channels : unowned_) + vector * kLanes;
-          Sums<columns(), width()> sums;
-          for_each_of<columns(), width()>(
-              sums, [&](Lanes& sum, int c, int r, int i) { sum = load_lanes(out[r] + c * next + i * kLanes); });
-          add_sources<columns(), width()>(
-              sources, count, vector * kLanes, tokens,
-              [&](int c, int64_t t) { return first_weights[c] + offsets[c][t]; }, sums);
-          for_each_of<columns(), width()>(
-              sums, [&](Lanes sum, int c, int r, int i) { store_lanes(sum, out[r] + c * next + i * kLanes); });
+        seen_keys_.size(), vectors,
+        [&](int64_t key) {
+          const int64_t column = seen_keys_.begin + key;
+          return owned_keys_[column] ? Interval{seen_begin_[column], seen_end_[column]} : Interval{};
+        },
+        [&](auto columns, auto width, int64_t key, int64_t vector, const Span& span) NATTEN2_INLINE {
+          const int64_t first = seen_keys_.begin + key;
+          ColumnSums sums = {sources, count, channels, vector * kLanes, span, {}};
+          for (int c = 0; c < columns(); ++c)
+            for (int r = 0; r < kRows; ++r)
+              if (rows[r]) sums.out[c][r] = rows[r] + (first + c) * channels + vector * kLanes;
+          sum_key_columns<columns(), width()>(sums, {weights + first * kLanes, weight_offsets_});
         });
   }
 
@@ -405,15 +355,12 @@ class StencilBackward {
   int64_t *query_offsets_, *output_offsets_, *grad_output_offsets_, *logsumexp_offsets_, *grad_logsumexp_offsets_;
   int64_t *grad_query_offsets_, *key_offsets_, *value_offsets_, *grad_key_offsets_, *grad_value_offsets_;
   int32_t *owned_keys_, *seen_begin_, *seen_end_;
-  ColumnPair* key_pairs_;
-  int64_t key_pair_count_ = 0;
   Source* sources_;
   OwnedRow* owned_rows_;
   float *keys_by_channel_, *values_by_channel_, *keys_;
   float *grad_keys_, *grad_values_;
   float *queries_, *grad_outputs_, *queries_by_channel_, *grad_outputs_by_channel_;
   float *weights_, *grad_scores_;
-  float* unowned_;
   int64_t grad_bias_size_;
   float* grad_bias_;
 };

@@ -61,9 +61,6 @@ class StencilForward {
 
   void run_block(const RowTile& tile, int64_t b) {
     const Block& block = walk_.columns.block_at(b);
-    walk_.prefetch_queries<Storage>(args_.query, query_offsets_, problem_.head_dim, tile, block);
-    walk_.prefetch_keys<Storage>(args_.key, key_offsets_, problem_.head_dim, tile, block);
-    walk_.prefetch_keys<Storage>(args_.value, value_offsets_, problem_.value_dim, tile, block);
     for (int r = 0; r < tile.count; ++r)
       load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
                       problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
@@ -113,32 +110,11 @@ class StencilForward {
   }
 
   void sum_values(const RowTile& tile, const Block& block) {
-    const int32_t* sizes = walk_.columns.sizes() + block.first;
-    const int32_t* starts = walk_.columns.starts() + block.first;
-    Storage* rows[kRows];
+    Storage* rows[kRows] = {};
     for (int r = 0; r < tile.count; ++r) rows[r] = row_of<Storage>(args_.output, tile, r);
-    const int64_t channels = sizes_.value_vectors * kLanes;
-    ColumnPair pairs[kLanes];
-    const int64_t count = walk_.pair_queries(block, pairs);
-    for_each_sum(pairs, count, sizes_.value_vectors,
-                 [&](auto columns, auto width, const int32_t* column, int64_t vector) {
-                   Tokens<columns()> tokens = {{}, sizes[column[0]], channels};
-                   const float* weights[columns()];
-                   for (int c = 0; c < columns(); ++c) {
-                     tokens.first[c] = starts[column[c]];
-                     weights[c] = scores_ + column[c];
-                   }
-                   Sums<columns(), width()> sums = {};
-                   add_sources<columns(), width()>(
-                       sources_, walk_.key_row_count, vector * kLanes, tokens,
-                       [&](int c, int64_t t) { return weights[c] + t * kLanes; }, sums);
-                   for_each_of<columns(), width()>(sums, [&](Lanes sum, int c, int r, int i) {
-                     if (r >= tile.count) return;
-                     const int64_t channel = (vector + i) * kLanes;
-                     narrow_some(sum, rows[r] + output_offsets_[block.first + column[c]] + channel,
-                                 problem_.value_dim - channel);
-                   });
-                 });
+    const int64_t* offsets = output_offsets_ + block.first;
+    sum_queries<Storage>(walk_.columns, block, sources_, walk_.key_row_count, scores_, problem_.value_dim, 1,
+                         [&](int r, int64_t column) { return rows[r] ? rows[r] + offsets[column] : nullptr; });
   }
 
  private:

@@ -51,25 +51,22 @@ void score(const Scores& args, int64_t first) {
   const float* query = args.queries;
   const int64_t pitch = args.pitch, query_row = args.query_row;
   LaneInts index[kCount];
-  for (int k = 0; k < kCount; ++k) index[k] = args.index + k;
+  unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { index[k] = args.index + k(); });
   for (int64_t channel = 0; channel < args.channels; ++channel, key += pitch, query += kLanes) {
     if constexpr (kFetch != kScattered) {
       __builtin_prefetch(key + args.next);
       __builtin_prefetch(key + args.next + kLanes);
     }
     Lanes queries[kQueryRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kQueryRows; ++r) {
-      queries[r] = load_lanes(query + r * query_row);
-      if constexpr (kCount > 1) hold(queries[r]);
-    }
+    unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
+      queries[r] = kCount > 1 ? held(load_lanes(query + r * query_row)) : load_lanes(query + r * query_row);
+    });
     Lanes low = {}, high = {};
     if constexpr (kFetch == kPermuted) {
       low = load_lanes(key);
       high = load_lanes(key + kLanes);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
+    unrolled<0, kCount>([&](auto k) NATTEN2_INLINE {
       Lanes keys;
       if constexpr (kFetch == kConsecutive) {
         keys = load_lanes(key + k);
@@ -78,20 +75,17 @@ void score(const Scores& args, int64_t first) {
       } else {
         for (int i = 0; i < kLanes; ++i) keys[i] = key[index[k][i]];
       }
-      if constexpr (kQueryRows > 1) hold(keys);
-#pragma GCC unroll 4
-      for (int r = 0; r < kQueryRows; ++r) sums[r][k] = multiply_add(queries[r], keys, sums[r][k]);
-    }
+      if constexpr (kQueryRows > 1) keys = held(keys);
+      unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE { accumulate(queries[r], keys, sums[r][k]); });
+    });
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kQueryRows; ++r) {
+  unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
     const float* bias = args.bias[r];
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
+    unrolled<0, kCount>([&](auto k) NATTEN2_INLINE {
       const Lanes added = bias ? load_lanes(bias + (first + k) * kLanes) : Lanes{};
       store_lanes(multiply_add(splat(args.scale), sums[r][k], added), args.out[r] + (first + k) * kLanes);
-    }
-  }
+    });
+  });
 }
 
 template <int kFetch, int kQueryRows, int kCount>
@@ -105,6 +99,8 @@ void score_some(const Scores& args, int64_t first, int64_t count) {
 template <int kFetch, int kQueryRows>
 void score_row(const Scores& args, int64_t keys, int64_t most) {
   most = smaller(most, most_keys(kQueryRows));
+  // Without a division, which takes as long as the scores.
+  if (keys <= most) return score_some<kFetch, kQueryRows, most_keys(kQueryRows)>(args, 0, keys);
   const int64_t pieces = (keys + most - 1) / most;
   for (int64_t p = 0; p < pieces; ++p) {
     const int64_t first = keys * p / pieces;
@@ -141,97 +137,191 @@ struct Source {
   int32_t weights[kRows];
 };
 
-// Columns whose sums are taken together, each over tokens that follow each other in every source.
-template <int kColumns>
-struct Tokens {
-  int64_t first[kColumns];
-  int64_t count;
+// Tokens of a row that one column's sums run over, or two neighbors': of the first alone, of both, of the second alone.
+struct Span {
+  Interval first, both, second;
+};
+
+inline Span span(Interval tokens) { return {tokens, {}, {}}; }
+
+// From a column to the next, neither the first token nor the last ever moves back.
+inline Span span(Interval first, Interval second) {
+  if (second.begin >= first.end) return {first, {}, second};
+  return {{first.begin, second.begin}, {second.begin, first.end}, {first.end, second.end}};
+}
+
+template <int64_t kNumber>
+using Constant = std::integral_constant<int64_t, kNumber>;
+
+// Where query columns find the weights of a token: in a row of lanes.
+template <class Next>
+struct QueryWeights {
+  const float* first;  // of token 0
+  Next next;           // from a column to its neighbor
+  int64_t index(int64_t token) const { return token * kLanes; }
+  auto column(Constant<0>) const { return Constant<0>(); }
+  auto column(Constant<1>) const { return next; }
+};
+
+// Where key columns find those of the lanes that see them.
+struct KeyWeights {
+  const float* first;
+  const int32_t* offsets;  // of each lane
+  int64_t index(int64_t token) const { return offsets[token]; }
+  template <int64_t kColumn>
+  auto column(Constant<kColumn>) const {
+    return Constant<kColumn * kLanes>();
+  }
+};
+
+// Sums of one or two columns, and where they go.
+struct ColumnSums {
+  const Source* sources;
+  int64_t source_count;
   int64_t pitch;  // from token to token
+  int64_t channel;
+  Span span;
+  float* out[2][kRows];
 };
 
 template <int kColumns, int kWidth>
 using Sums = Lanes[kColumns][kRows][kWidth];
 
-template <int kBegin, int kEnd, int kColumns, int kWidth, class Weight>
-[[gnu::always_inline]] inline void add_source(const Source& source, const float* const (&tokens)[kColumns],
-                                              int64_t count, int64_t pitch, const Weight& weight,
-                                              Sums<kColumns, kWidth>& sums) {
-  int64_t offset = 0;
-  for (int64_t t = 0; t < count; ++t, offset += pitch) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) {
-      Lanes channels[kWidth];
-#pragma GCC unroll 4
-      for (int i = 0; i < kWidth; ++i) {
-        channels[i] = load_lanes(tokens[c] + offset + i * kLanes);
-        if constexpr (kEnd - kBegin > 1) hold(channels[i]);
-      }
-      const float* weights = weight(c, t);
-#pragma GCC unroll 4
-      for (int r = kBegin; r < kEnd; ++r) {
-        const Lanes factor = splat(weights[source.weights[r]]);
-#pragma GCC unroll 4
-        for (int i = 0; i < kWidth; ++i) sums[c][r][i] = multiply_add(factor, channels[i], sums[c][r][i]);
-      }
-    }
+// Adds tokens to the sums [kBegin, kEnd) of the columns [kFirst, kLast): kCount of them, or all where that is -1.
+template <int kBegin, int kEnd, int kFirst, int kLast, int kCount, int kColumns, int kWidth, class Weights>
+[[gnu::always_inline]] inline void add_tokens(const Source& source, Interval tokens, const ColumnSums& args,
+                                              const Weights& weights, Sums<kColumns, kWidth>& sums) {
+  const float* rows[kRows];
+  unrolled<kBegin, kEnd>([&](auto r) NATTEN2_INLINE { rows[r] = weights.first + source.weights[r]; });
+  const float* token = source.tokens + tokens.begin * args.pitch + args.channel;
+  const auto add = [&](int64_t t) NATTEN2_INLINE {
+    Lanes channels[kWidth];
+    unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE {
+      channels[i] = load_lanes(token + i * kLanes);
+      if constexpr ((kEnd - kBegin) * (kLast - kFirst) > 1) channels[i] = held(channels[i]);
+    });
+    token += args.pitch;
+    const int64_t index = weights.index(t);
+    unrolled<kFirst, kLast>([&](auto c) NATTEN2_INLINE {
+      unrolled<kBegin, kEnd>([&](auto r) NATTEN2_INLINE {
+        const Lanes factor = splat(rows[r][index + weights.column(Constant<c()>())]);
+        unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE { accumulate(factor, channels[i], sums[c][r][i]); });
+      });
+    });
+  };
+  if constexpr (kCount >= 0) {
+    unrolled<0, kCount>([&](auto t) NATTEN2_INLINE { add(tokens.begin + t); });
+  } else {
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) add(t);
   }
 }
 
-// Adds weighted rows of all sources to sums; `weight(column, t)` points to the weights of a column's token t.
-template <int kColumns, int kWidth, class Weight>
-[[gnu::always_inline]] inline void add_sources(const Source* sources, int64_t source_count, int64_t channel,
-                                               const Tokens<kColumns>& tokens, const Weight& weight,
-                                               Sums<kColumns, kWidth>& sums) {
-  int64_t first[kColumns];
-  for (int c = 0; c < kColumns; ++c) first[c] = tokens.first[c] * tokens.pitch + channel;
-  const int64_t count = tokens.count, pitch = tokens.pitch;
-  for (const Source* source = sources; source < sources + source_count; ++source) {
-    const float* rows[kColumns];
-    for (int c = 0; c < kColumns; ++c) rows[c] = source->tokens + first[c];
+template <int kBegin, int kEnd, int kAlone, int kBoth, int kColumns, int kWidth, class Weights>
+[[gnu::always_inline]] inline void add_source(const Source& source, const ColumnSums& args, const Weights& weights,
+                                              Sums<kColumns, kWidth>& sums) {
+  const Span& span = args.span;
+  if constexpr (kColumns == 1) {
+    add_tokens<kBegin, kEnd, 0, 1, kBoth>(source, span.first, args, weights, sums);
+  } else {
+    add_tokens<kBegin, kEnd, 0, 1, kAlone>(source, span.first, args, weights, sums);
+    add_tokens<kBegin, kEnd, 0, 2, kBoth>(source, span.both, args, weights, sums);
+    add_tokens<kBegin, kEnd, 1, 2, kAlone>(source, span.second, args, weights, sums);
+  }
+}
+
+// Sums over all sources, where each column has kAlone tokens of its own, and kBoth with its neighbor; -1 is any number.
+template <int kAlone, int kBoth, bool kOnto, int kColumns, int kWidth, class Weights>
+[[gnu::noinline]] void sum_columns(const ColumnSums& args, const Weights& weights, float scale) {
+  Sums<kColumns, kWidth> sums;
+  const auto for_each = [&](auto&& act) NATTEN2_INLINE {
+    unrolled<0, kColumns>([&](auto c) NATTEN2_INLINE {
+      unrolled<0, kRows>([&](auto r) NATTEN2_INLINE {
+        if (args.out[c][r])
+          unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE { act(sums[c][r][i], args.out[c][r] + i * kLanes); });
+      });
+    });
+  };
+  unrolled<0, kColumns>([&](auto c) NATTEN2_INLINE {
+    unrolled<0, kRows>(
+        [&](auto r) NATTEN2_INLINE { unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE { sums[c][r][i] = Lanes{}; }); });
+  });
+  if constexpr (kOnto) for_each([](Lanes& sum, const float* out) NATTEN2_INLINE { sum = load_lanes(out); });
+  for (const Source* source = args.sources; source < args.sources + args.source_count; ++source) {
     switch (source->begin * 8 + source->end) {
       case 1:
-        add_source<0, 1, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+        add_source<0, 1, kAlone, kBoth>(*source, args, weights, sums);
         break;
       case 2:
-        add_source<0, 2, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+        add_source<0, 2, kAlone, kBoth>(*source, args, weights, sums);
         break;
       case 3:
-        add_source<0, 3, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+        add_source<0, 3, kAlone, kBoth>(*source, args, weights, sums);
         break;
       case 4:
-        add_source<0, 4, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+        add_source<0, 4, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 8 + 2:
-        add_source<1, 2, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 10:
+        add_source<1, 2, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 8 + 3:
-        add_source<1, 3, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 11:
+        add_source<1, 3, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 8 + 4:
-        add_source<1, 4, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 12:
+        add_source<1, 4, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 16 + 3:
-        add_source<2, 3, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 19:
+        add_source<2, 3, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 16 + 4:
-        add_source<2, 4, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 20:
+        add_source<2, 4, kAlone, kBoth>(*source, args, weights, sums);
         break;
-      case 24 + 4:
-        add_source<3, 4, kColumns, kWidth>(*source, rows, count, pitch, weight, sums);
+      case 28:
+        add_source<3, 4, kAlone, kBoth>(*source, args, weights, sums);
         break;
     }
   }
+  if constexpr (kOnto)
+    for_each([](Lanes sum, float* out) NATTEN2_INLINE { store_lanes(sum, out); });
+  else
+    for_each([&](Lanes sum, float* out) NATTEN2_INLINE { store_lanes(splat(scale) * sum, out); });
 }
 
-// Visits the sums, with constants for the indices that the registers need: `act(sum, column, row, vector)`.
-template <int kColumns, int kWidth, class Act>
-[[gnu::always_inline]] inline void for_each_of(Sums<kColumns, kWidth>& sums, Act&& act) {
-#pragma GCC unroll 4
-  for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kWidth; ++i) act(sums[c][r][i], c, r, i);
+// The same, with loops unrolled for the most common windows.
+template <bool kOnto, int kAlone, int kShared, int kColumns, int kWidth, class Weights>
+[[gnu::always_inline]] inline void sum_unrolled(const ColumnSums& args, const Weights& weights, float scale) {
+  constexpr bool kIsWide = kColumns * kWidth == kVectors;
+  const Span& span = args.span;
+  if constexpr (kIsWide && kShared > 0) {
+    const bool is_even = kColumns == 1 || (span.first.size() == kAlone && span.second.size() == kAlone);
+    const int64_t shared = kColumns == 1 ? span.first.size() : span.both.size();
+    if (is_even && shared == kShared)
+      return sum_columns<kAlone, kShared, kOnto, kColumns, kWidth>(args, weights, scale);
+    if (is_even && shared == kShared - 2)
+      return sum_columns<kAlone, kShared - 2, kOnto, kColumns, kWidth>(args, weights, scale);
+    if (is_even && shared == kShared - 4)
+      return sum_columns<kAlone, kShared - 4, kOnto, kColumns, kWidth>(args, weights, scale);
+  }
+  sum_columns<-1, -1, kOnto, kColumns, kWidth>(args, weights, scale);
+}
+
+// Sums of query columns, `next` first tokens apart, from where the first column has the weight of token 0.
+template <int kColumns, int kWidth>
+inline void sum_query_columns(const ColumnSums& args, const float* first, int64_t next, float scale) {
+  if constexpr (kColumns == 1) {
+    sum_unrolled<false, 0, 7, 1, kWidth>(args, QueryWeights<Constant<0>>{first, {}}, scale);
+  } else if (next == 1) {
+    sum_unrolled<false, 1, 6, 2, kWidth>(args, QueryWeights<Constant<1 - kLanes>>{first, {}}, scale);
+  } else if (next == 0) {
+    sum_unrolled<false, 0, 7, 2, kWidth>(args, QueryWeights<Constant<1>>{first, {}}, scale);
+  } else {
+    sum_unrolled<false, 0, 0, 2, kWidth>(args, QueryWeights<int64_t>{first, 1 - next * kLanes}, scale);
+  }
+}
+
+// Adds to sums of key columns.
+template <int kColumns, int kWidth>
+inline void sum_key_columns(const ColumnSums& args, const KeyWeights& weights) {
+  sum_unrolled<true, 1, 6, kColumns, kWidth>(args, weights, 1);
 }
 
 }  // namespace NATTEN2_ISA
