@@ -181,6 +181,28 @@ def small_windows(draw: st.DrawFn) -> Problem:
     return with_layout(problem, draw(st.sampled_from(LAYOUTS)))
 
 
+@st.composite
+def wide_windows(draw: st.DrawFn) -> Problem:
+    """A float64 problem of one row, whose windows are so wide that queries far apart share most of their keys."""
+    kernel_size = draw(st.integers(16, 180))
+    dilation = draw(st.sampled_from([1, 1, 2, 3]))
+    length = draw(st.integers(kernel_size * dilation, kernel_size * dilation + 260))
+    problem = random_problem(
+        (length,),
+        (kernel_size,),
+        stride=(draw(st.sampled_from([1, 1, 2, kernel_size])),),
+        dilation=(dilation,),
+        is_causal=(draw(st.booleans()),),
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from([3, 16, 32, 48, 64, 80])),
+        value_dim=draw(st.sampled_from([5, 16, 32, 64, 112])),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+    return with_layout(problem, draw(st.sampled_from(LAYOUTS)))
+
+
 @dataclass(frozen=True)
 class Golden:
     """A problem with its float64 results."""

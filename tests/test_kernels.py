@@ -17,6 +17,7 @@ from problems import (
     random_problem,
     relative_error,
     small_windows,
+    wide_windows,
 )
 from torch import Tensor
 
@@ -120,6 +121,13 @@ def test_kernels_are_the_reference(capability: str, problem: Problem):
 @settings(max_examples=60)
 @given(small_windows())
 def test_small_windows_are_the_reference(capability: str, dtype: torch.dtype, problem: Problem):
+    check_small_window(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=25)
+@given(wide_windows())
+def test_wide_windows_are_the_reference(capability: str, dtype: torch.dtype, problem: Problem):
     check_small_window(problem, dtype)
 
 

@@ -98,6 +98,7 @@ TESTED = [
     "test_kernels.py::test_golden_cpp",
     "test_kernels.py::test_kernels_are_the_reference",
     "test_kernels.py::test_small_windows_are_the_reference",
+    "test_kernels.py::test_wide_windows_are_the_reference",
     "test_kernels.py::test_every_head_dim",
     "test_kernels.py::test_a_long_line_is_cut_into_blocks",
     "test_kernels.py::test_what_a_query_does_not_see_does_not_reach_it",

@@ -165,6 +165,51 @@ class SheetWalk {
     }
   }
 
+  // Whether there is a single row of queries, with windows so wide that blocks that follow each other share most keys.
+  bool is_wide() const {
+    return sizes.heads_per_key == 1 && problem.axes[0].length == 1 && problem.axes[1].length == 1 &&
+           problem.axes[2].kernel_size >= kRows * kLanes;
+  }
+
+  // Blocks from `b` on, at most kRows, whose windows slide over the same keys.
+  int blocks_together(int64_t b) const {
+    const Block& first = columns.block_at(b);
+    int count = 1;
+    for (; count < kRows && b + count < columns.blocks(); ++count) {
+      const Block& block = columns.block_at(b + count);
+      if (first.fetch != kConsecutive || block.fetch != kConsecutive || block.key != first.key + count * kLanes) break;
+    }
+    return count;
+  }
+
+  // Scores `count` such blocks: their queries, and scores, are the rows of a tile.
+  void score_blocks(const RowTile& tile, int64_t b, int count, const float* keys, const float* queries,
+                    int64_t channels, bool is_biased, float scale, float* out) const {
+    if (count == 1) return score_block(tile, b, keys, queries, channels, is_biased, scale, out);
+    const int64_t window = problem.axes[2].kernel_size;
+    const KeyRow& row = key_rows[0];
+    Scores scores;
+    scores.pitch = sizes.pitch;
+    scores.next = 0;
+    scores.query_row = channels * kLanes;
+    scores.channels = channels;
+    scores.scale = scale;
+    // Key k of the first block is key k - kLanes of the next; so the blocks that see a key are those of a range.
+    for (int64_t key = 0, end = 0; key < window + (count - 1) * kLanes; key = end) {
+      const int first_row = key < window ? 0 : static_cast<int>((key - window) / kLanes + 1);
+      const int last_row = static_cast<int>(smaller(count - 1, key / kLanes));
+      end = smaller(window + first_row * kLanes, last_row + 1 < count ? (last_row + 1) * kLanes : INT64_MAX);
+      scores.keys = keys + row.slot * channels * sizes.pitch + columns.block_at(b).key + key;
+      scores.queries = queries + first_row * channels * kLanes;
+      for (int r = first_row; r <= last_row; ++r) {
+        const int64_t first = (key - r * kLanes) * kLanes;
+        scores.bias[r - first_row] = is_biased ? bias_ + bias_offset(tile, 0, row, b + r) + first : nullptr;
+        scores.out[r - first_row] = out + r * sizes.window_scores + first;
+      }
+      score_rows(kConsecutive, scores, last_row - first_row + 1, end - key, kLanes);
+    }
+  }
+
   // Idle lanes read behind the last column: numbers that are quick to compute with, at least.
   void clear_padding(float* keys, int64_t channels) const {
     const int64_t begin = columns.keys() / kLanes * kLanes;
@@ -182,24 +227,18 @@ class SheetWalk {
     for (int64_t p = 0; p < pieces; ++p) act(r * sizes.window_scores + p * rows * sizes.row_scores, vectors);
   }
 
-  // Sets the scores of keys to `hidden` that causal queries don't see.
-  void hide(const RowTile& tile, int64_t b, float hidden, float* scores) const {
+  // Sets the scores of a query row's keys to `hidden` that causal queries don't see.
+  void hide(const RowTile& tile, int r, const Block& block, float hidden, float* scores) const {
+    if (block.is_full) return;
     const int64_t keys = problem.axes[2].kernel_size;
-    const Block& block = columns.block_at(b);
     LaneInts size = {};
-    bool is_full = true;
-    for (int64_t i = 0; i < block.count; ++i) {
-      size[i] = columns.sizes()[block.first + i];
-      is_full = is_full && size[i] == keys;
-    }
-    if (is_full) return;
-    for (int r = 0; r < tile.count; ++r)
-      for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
-        for (int64_t i = 0; i < vectors; ++i) {
-          float* score = scores + first + i * kLanes;
-          store_lanes(size > static_cast<int32_t>(i % keys) ? load_lanes(score) : splat(hidden), score);
-        }
-      });
+    for (int64_t i = 0; i < block.count; ++i) size[i] = columns.sizes()[block.first + i];
+    for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+      for (int64_t i = 0; i < vectors; ++i) {
+        float* score = scores + first + i * kLanes;
+        store_lanes(size > static_cast<int32_t>(i % keys) ? load_lanes(score) : splat(hidden), score);
+      }
+    });
   }
 
   const Forward& args;
@@ -261,8 +300,41 @@ inline void for_each_sum(int64_t count, int64_t vectors, TokensOf&& tokens_of, A
   for (; vector < vectors; ++vector) run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>(), vector);
 }
 
-// Sums tokens for the query columns of a block: `weights` holds a row of lanes for each token of a window. `row(r,
-// column)` is where the sums of a column go, in whole vectors if `Storage` is float, or null.
+// The rows of tokens that a sum writes: whole vectors of float32 as they are, others by way of a buffer.
+template <class Storage, int kColumns, int kWidth>
+class Outputs {
+ public:
+  // `row_of(column, r)` is where the sums of a column's row go, or null. Of the channels from `channel` on, `count`
+  // exist.
+  template <class RowOf>
+  Outputs(ColumnSums& sums, int64_t channel, int64_t count, RowOf&& row_of)
+      : count_(count), is_direct_(std::is_same_v<Storage, float> && count >= kWidth * kLanes) {
+    for (int c = 0; c < kColumns; ++c)
+      for (int r = 0; r < kRows; ++r) {
+        rows_[c][r] = row_of(c, r);
+        if (!rows_[c][r]) continue;
+        rows_[c][r] += channel;
+        sums.out[c][r] = is_direct_ ? reinterpret_cast<float*>(rows_[c][r]) : buffer_[c][r];
+      }
+  }
+
+  void write() const {
+    if (is_direct_) return;
+    for (int c = 0; c < kColumns; ++c)
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < kWidth && rows_[c][r]; ++i)
+          narrow_some(load_lanes(buffer_[c][r] + i * kLanes), rows_[c][r] + i * kLanes, count_ - i * kLanes);
+  }
+
+ private:
+  int64_t count_;
+  bool is_direct_;
+  Storage* rows_[kColumns][kRows];
+  float buffer_[kColumns][kRows][kWidth * kLanes];
+};
+
+// Sums tokens for the query columns of a block: `weights` holds a row of lanes for each token of a window.
+// `row_of(r, column)` is where the sums of a column go, or null.
 template <class Storage, class RowOf>
 inline void sum_queries(const Columns& columns, const Block& block, const Source* sources, int64_t source_count,
                         const float* weights, int64_t channels, float scale, RowOf&& row_of) {
@@ -272,25 +344,60 @@ inline void sum_queries(const Columns& columns, const Block& block, const Source
   for_each_sum(
       block.count, vectors, [&](int64_t column) { return Interval{starts[column], starts[column] + sizes[column]}; },
       [&](auto columns, auto width, int64_t column, int64_t vector, const Span& span) NATTEN2_INLINE {
-        const int64_t channel = vector * kLanes, count = channels - channel;
-        ColumnSums sums = {sources, source_count, vectors * kLanes, channel, span, {}};
-        Storage* out[columns()][kRows];
-        const bool is_direct = std::is_same_v<Storage, float> && count >= width() * kLanes;
-        float some[columns()][kRows][width() * kLanes];
-        for (int c = 0; c < columns(); ++c)
-          for (int r = 0; r < kRows; ++r) {
-            out[c][r] = row_of(r, column + c);
-            if (!out[c][r]) continue;
-            out[c][r] += channel;
-            sums.out[c][r] = is_direct ? reinterpret_cast<float*>(out[c][r]) : some[c][r];
-          }
+        ColumnSums sums = {sources, source_count, vectors * kLanes, vector * kLanes, span, {}};
+        Outputs<Storage, columns(), width()> outputs(sums, vector * kLanes, channels - vector * kLanes,
+                                                     [&](int c, int r) { return row_of(r, column + c); });
         sum_query_columns<columns(), width()>(sums, weights + column - starts[column] * kLanes,
                                               columns() == 2 ? starts[column + 1] - starts[column] : 0, scale);
-        if (is_direct) return;
-        for (int c = 0; c < columns(); ++c)
-          for (int r = 0; r < kRows; ++r)
-            for (int i = 0; i < width() && out[c][r]; ++i)
-              narrow_some(load_lanes(some[c][r] + i * kLanes), out[c][r] + i * kLanes, count - i * kLanes);
+        outputs.write();
+      });
+}
+
+// Visits as many neighboring columns with tokens as there are rows: `act(width, column, count, tokens, vector)`.
+template <class TokensOf, class Act>
+inline void for_each_wide_sum(int64_t count, int64_t vectors, TokensOf&& tokens_of, Act&& act) {
+  for (int64_t column = 0; column < count;) {
+    Interval tokens[kRows];
+    int found = 0;
+    for (; found < kRows && column + found < count; ++found) {
+      tokens[found] = tokens_of(column + found);
+      if (tokens[found].size() <= 0) break;
+    }
+    if (found == 0) {
+      ++column;
+      continue;
+    }
+    int64_t vector = 0;
+    for (; vector + kVectors <= vectors; vector += kVectors)
+      act(std::integral_constant<int, kVectors>(), column, found, tokens, vector);
+    if constexpr (kVectors == 4)
+      for (; vector + 2 <= vectors; vector += 2) act(std::integral_constant<int, 2>(), column, found, tokens, vector);
+    for (; vector < vectors; ++vector) act(std::integral_constant<int, 1>(), column, found, tokens, vector);
+    column += found;
+  }
+}
+
+// The same as `sum_queries` for a row of tokens that all columns see most of: four columns at a time.
+template <class Storage, class RowOf>
+inline void sum_wide_queries(const Columns& columns, const Block& block, const float* tokens, const float* weights,
+                             int64_t channels, float scale, RowOf&& row_of) {
+  const int32_t* sizes = columns.sizes() + block.first;
+  const int32_t* starts = columns.starts() + block.first;
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  for_each_wide_sum(
+      block.count, vectors, [&](int64_t column) { return Interval{starts[column], starts[column] + sizes[column]}; },
+      [&](auto width, int64_t column, int count, const Interval* parts, int64_t vector) NATTEN2_INLINE {
+        Source row = {tokens, 0, 0, {}}, pieces[2 * kRows];
+        for (int r = 0; r < count; ++r)
+          row.weights[r] = r - (starts[column + r] - starts[column]) * static_cast<int32_t>(kLanes);
+        const int piece_count = cut_source(row, parts, count, pieces);
+        ColumnSums sums = {pieces, piece_count, vectors * kLanes, vector * kLanes, {}, {}};
+        Outputs<Storage, 1, width()> outputs(
+            sums, vector * kLanes, channels - vector * kLanes,
+            [&](int, int r) -> Storage* { return r < count ? row_of(column + r) : nullptr; });
+        const QueryWeights<Constant<0>> first = {weights + column - starts[column] * kLanes, {}};
+        sum_columns<kParts, kParts, false, 1, width()>(sums, first, scale);
+        outputs.write();
       });
 }
 

@@ -134,6 +134,7 @@ class StencilBackward {
       }
       owned_rows_[owned_count_++] = {&row, grad_key_row(slot), grad_value_row(slot)};
     }
+    if (walk_.is_wide()) return run_wide(tile);
     for (int64_t b = 0; b < walk_.columns.blocks(); ++b) run_block(tile, b);
   }
 
@@ -156,27 +157,64 @@ class StencilBackward {
                       static_cast<float>(problem_.scale), weights_);
     walk_.score_block(tile, b, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false, 1,
                       grad_scores_);
-    for (int r = 0; r < tile.count; ++r) {
-      const Lanes logsumexp = logsumexp_[r], delta = delta_[r];
-      walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
-        float *weights = weights_ + first, *grad_scores = grad_scores_ + first;
-        for (int64_t i = 0; i < vectors; ++i, weights += kLanes, grad_scores += kLanes) {
-          const Lanes weight = exponential(load_lanes(weights) - logsumexp);
-          store_lanes(weight, weights);
-          store_lanes(weight * (load_lanes(grad_scores) - delta), grad_scores);
-        }
-      });
-    }
-    walk_.hide(tile, b, 0, grad_scores_);
+    for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
     if (grad_bias_size_ > 0) add_bias(tile, b);
     sum_grad_queries(tile, block);
-    find_seen(block);
+    find_seen(b, 1);
     for (int64_t first = 0; first < owned_count_;) {
       int64_t end = first + 1;
       while (end < owned_count_ && end - first < kRows && owned_rows_[end].row->p0 == owned_rows_[first].row->p0) ++end;
       sum_grad_keys(tile, owned_rows_ + first, end - first);
       first = end;
     }
+  }
+
+  // Blocks of a wide window are the rows of a tile.
+  void run_wide(const RowTile& tile) {
+    RowTile rows = tile;
+    for (int r = 0; r < kRows; ++r) {
+      rows.p1[r] = tile.p1[0];
+      rows.keys1[r] = tile.keys1[0];
+    }
+    const float scale = static_cast<float>(problem_.scale);
+    for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
+      rows.count = walk_.blocks_together(b);
+      for (int r = 0; r < rows.count; ++r) load_queries(rows, walk_.columns.block_at(b + r), r);
+      walk_.score_blocks(tile, b, rows.count, keys_by_channel_, queries_by_channel_, problem_.head_dim,
+                         args_.forward.rpb, scale, weights_);
+      walk_.score_blocks(tile, b, rows.count, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false,
+                         1, grad_scores_);
+      Storage* row = row_of<Storage>(args_.grad_query, tile, 0);
+      for (int r = 0; r < rows.count; ++r) {
+        const Block& block = walk_.columns.block_at(b + r);
+        weigh(rows, r, block);
+        const float* grad_scores = grad_scores_ + r * sizes_.window_scores;
+        if (grad_bias_size_ > 0)
+          add_row(grad_scores, grad_bias_ + walk_.bias_offset(tile, 0, walk_.key_rows[0], b + r));
+        const int64_t* offsets = grad_query_offsets_ + block.first;
+        const int32_t* owned = walk_.columns.owned() + block.first;
+        sum_wide_queries<Storage>(walk_.columns, block, sources_[0].tokens, grad_scores, problem_.head_dim, scale,
+                                  [&](int64_t column) { return owned[column] ? row + offsets[column] : nullptr; });
+      }
+      if (owned_count_ == 0) continue;
+      find_seen(b, rows.count);
+      sum_wide_into(queries_, sizes_.key_vectors, grad_scores_, owned_rows_[0].grad_keys);
+      sum_wide_into(grad_outputs_, sizes_.value_vectors, weights_, owned_rows_[0].grad_values);
+    }
+  }
+
+  // Turns the scores of a query row into weights, and their gradients into those of the scores.
+  void weigh(const RowTile& tile, int r, const Block& block) {
+    const Lanes logsumexp = logsumexp_[r], delta = delta_[r];
+    walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
+      float *weights = weights_ + first, *grad_scores = grad_scores_ + first;
+      for (int64_t i = 0; i < vectors; ++i, weights += kLanes, grad_scores += kLanes) {
+        const Lanes weight = exponential(load_lanes(weights) - logsumexp);
+        store_lanes(weight, weights);
+        store_lanes(weight * (load_lanes(grad_scores) - delta), grad_scores);
+      }
+    });
+    walk_.hide(tile, r, block, 0, grad_scores_);
   }
 
   // Loads a row of queries and what belongs to them: by token, and by channel.
@@ -220,13 +258,14 @@ class StencilBackward {
     for (int64_t s = 0; s < walk_.key_row_count; ++s) {
       const SheetWalk::KeyRow& row = walk_.key_rows[s];
       for (int r = row.begin; r < row.end; ++r) {
-        if (!owns(tile, r)) continue;
-        float* sums = grad_bias_ + walk_.bias_offset(tile, r, row, b);
-        const float* grads = grad_scores_ + row.scores[r];
-        for (int64_t i = 0; i < sizes_.row_scores; i += kLanes)
-          store_lanes(load_lanes(sums + i) + load_lanes(grads + i), sums + i);
+        if (owns(tile, r)) add_row(grad_scores_ + row.scores[r], grad_bias_ + walk_.bias_offset(tile, r, row, b));
       }
     }
+  }
+
+  void add_row(const float* grads, float* sums) const {
+    for (int64_t i = 0; i < sizes_.row_scores; i += kLanes)
+      store_lanes(load_lanes(sums + i) + load_lanes(grads + i), sums + i);
   }
 
   void sum_grad_queries(const RowTile& tile, const Block& block) {
@@ -241,23 +280,31 @@ class StencilBackward {
                          });
   }
 
-  // Finds the lanes of a block that see each key column, and pairs up the columns that the sheet owns.
-  void find_seen(const Block& block) {
-    const int32_t* sizes = walk_.columns.sizes() + block.first;
-    const int32_t* starts = walk_.columns.starts() + block.first;
-    seen_keys_ = {block.key, block.key};
-    for (int64_t i = 0; i < block.count; ++i) seen_keys_.end = larger(seen_keys_.end, starts[i] + sizes[i]);
+  // Finds the lanes of `count` blocks that follow each other that see each key column.
+  void find_seen(int64_t b, int count) {
+    const Block &first = walk_.columns.block_at(b), &last = walk_.columns.block_at(b + count - 1);
+    const int64_t lanes = last.first + last.count - first.first;
+    const int32_t* sizes = walk_.columns.sizes() + first.first;
+    const int32_t* starts = walk_.columns.starts() + first.first;
+    seen_keys_ = {first.key, first.key};
+    for (int64_t i = 0; i < lanes; ++i) seen_keys_.end = larger(seen_keys_.end, starts[i] + sizes[i]);
     for (int64_t key = seen_keys_.begin; key < seen_keys_.end; ++key) {
-      seen_begin_[key] = kLanes;
+      seen_begin_[key] = kRows * kLanes;
       seen_end_[key] = 0;
     }
-    for (int32_t i = 0; i < block.count; ++i) {
-      weight_offsets_[i] = i - starts[i] * kLanes;
+    for (int32_t i = 0; i < lanes; ++i) {
+      weight_offsets_[i] =
+          static_cast<int32_t>(i / kLanes * sizes_.window_scores + i % kLanes - starts[i] * int64_t{kLanes});
       for (int64_t key = starts[i]; key < starts[i] + sizes[i]; ++key) {
         seen_begin_[key] = i < seen_begin_[key] ? i : seen_begin_[key];
         seen_end_[key] = i + 1;
       }
     }
+  }
+
+  // The lanes that see a key column that the sheet owns.
+  Interval seeing(int64_t key) const {
+    return owned_keys_[key] ? Interval{seen_begin_[key], seen_end_[key]} : Interval{};
   }
 
   // Adds what a block's queries give to the gradients of up to kRows key rows that follow each other.
@@ -290,11 +337,7 @@ class StencilBackward {
                 float* const (&rows)[kRows]) const {
     const int64_t channels = vectors * kLanes;
     for_each_sum(
-        seen_keys_.size(), vectors,
-        [&](int64_t key) {
-          const int64_t column = seen_keys_.begin + key;
-          return owned_keys_[column] ? Interval{seen_begin_[column], seen_end_[column]} : Interval{};
-        },
+        seen_keys_.size(), vectors, [&](int64_t key) { return seeing(seen_keys_.begin + key); },
         [&](auto columns, auto width, int64_t key, int64_t vector, const Span& span) NATTEN2_INLINE {
           const int64_t first = seen_keys_.begin + key;
           ColumnSums sums = {sources, count, channels, vector * kLanes, span, {}};
@@ -302,6 +345,23 @@ class StencilBackward {
             for (int r = 0; r < kRows; ++r)
               if (rows[r]) sums.out[c][r] = rows[r] + (first + c) * channels + vector * kLanes;
           sum_key_columns<columns(), width()>(sums, {weights + first * kLanes, weight_offsets_});
+        });
+  }
+
+  // The same for blocks of a wide window: four key columns at a time.
+  void sum_wide_into(const float* tokens, int64_t vectors, const float* weights, float* out) const {
+    const int64_t channels = vectors * kLanes;
+    for_each_wide_sum(
+        seen_keys_.size(), vectors, [&](int64_t key) { return seeing(seen_keys_.begin + key); },
+        [&](auto width, int64_t key, int count, const Interval* parts, int64_t vector) NATTEN2_INLINE {
+          const int64_t first = seen_keys_.begin + key;
+          const Source row = {tokens, 0, 0, {0, kLanes, 2 * kLanes, 3 * kLanes}};
+          Source pieces[2 * kRows];
+          const int piece_count = cut_source(row, parts, count, pieces);
+          ColumnSums sums = {pieces, piece_count, channels, vector * kLanes, {}, {}};
+          for (int r = 0; r < count; ++r) sums.out[0][r] = out + (first + r) * channels + vector * kLanes;
+          const KeyWeights first_weights = {weights + first * kLanes, weight_offsets_};
+          sum_columns<kParts, kParts, true, 1, width()>(sums, first_weights, 1);
         });
   }
 
@@ -351,7 +411,7 @@ class StencilBackward {
   int64_t owned_count_ = 0;
   Lanes logsumexp_[kRows];
   Lanes delta_[kRows];
-  int32_t weight_offsets_[kLanes];
+  int32_t weight_offsets_[kRows * kLanes];
   int64_t *query_offsets_, *output_offsets_, *grad_output_offsets_, *logsumexp_offsets_, *grad_logsumexp_offsets_;
   int64_t *grad_query_offsets_, *key_offsets_, *value_offsets_, *grad_key_offsets_, *grad_value_offsets_;
   int32_t *owned_keys_, *seen_begin_, *seen_end_;

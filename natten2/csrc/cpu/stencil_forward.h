@@ -56,23 +56,53 @@ class StencilForward {
       sources_[s] = {value_row(row.slot), row.begin, row.end, {}};
       for (int r = 0; r < kRows; ++r) sources_[s].weights[r] = row.scores[r];
     }
+    if (walk_.is_wide()) return run_wide(tile);
     for (int64_t b = 0; b < walk_.columns.blocks(); ++b) run_block(tile, b);
   }
 
   void run_block(const RowTile& tile, int64_t b) {
     const Block& block = walk_.columns.block_at(b);
-    for (int r = 0; r < tile.count; ++r)
-      load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
-                      problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
+    for (int r = 0; r < tile.count; ++r) load_queries(tile, r, block);
     walk_.score_block(tile, b, keys_, queries_, problem_.head_dim, args_.rpb, static_cast<float>(problem_.scale),
                       scores_);
-    walk_.hide(tile, b, -std::numeric_limits<float>::infinity(), scores_);
-    for (int r = 0; r < tile.count; ++r) {
-      const Lanes logsumexp = softmax(tile, r);
-      float* out = row_of<float>(args_.logsumexp, tile, r);
-      for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
-    }
+    for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
     sum_values(tile, block);
+  }
+
+  // Blocks of a wide window are the rows of a tile.
+  void run_wide(const RowTile& tile) {
+    RowTile rows = tile;
+    for (int r = 0; r < kRows; ++r) {
+      rows.p1[r] = tile.p1[0];
+      rows.keys1[r] = tile.keys1[0];
+    }
+    for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
+      rows.count = walk_.blocks_together(b);
+      for (int r = 0; r < rows.count; ++r) load_queries(rows, r, walk_.columns.block_at(b + r));
+      walk_.score_blocks(tile, b, rows.count, keys_, queries_, problem_.head_dim, args_.rpb,
+                         static_cast<float>(problem_.scale), scores_);
+      Storage* row = row_of<Storage>(args_.output, tile, 0);
+      for (int r = 0; r < rows.count; ++r) {
+        const Block& block = walk_.columns.block_at(b + r);
+        weigh(rows, r, block);
+        const int64_t* offsets = output_offsets_ + block.first;
+        sum_wide_queries<Storage>(walk_.columns, block, sources_[0].tokens, scores_ + r * sizes_.window_scores,
+                                  problem_.value_dim, 1, [&](int64_t column) { return row + offsets[column]; });
+      }
+    }
+  }
+
+  void load_queries(const RowTile& tile, int r, const Block& block) {
+    load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
+                    problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
+  }
+
+  // Turns the scores of a query row into weights, and writes their log-sum-exp.
+  void weigh(const RowTile& tile, int r, const Block& block) {
+    walk_.hide(tile, r, block, -std::numeric_limits<float>::infinity(), scores_);
+    const Lanes logsumexp = softmax(tile, r);
+    float* out = row_of<float>(args_.logsumexp, tile, r);
+    for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
   }
 
   // Turns the scores of a query row into weights, and returns their log-sum-exp.

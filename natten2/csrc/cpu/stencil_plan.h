@@ -92,6 +92,7 @@ struct Block {
   Fetch fetch;
   LaneInts index;     // where the lanes begin, from there
   int64_t most_keys;  // that can be fetched together
+  bool is_full;       // no query sees fewer keys than others
 };
 
 // The columns of a chunk's tile.
@@ -179,8 +180,11 @@ class Columns {
   }
 
   Block block(int64_t first) const {
-    Block block = {first, smaller(kLanes, queries_ - first), start_[first], kPermuted, {}, kLanes};
-    for (int64_t i = 1; i < block.count; ++i) block.key = smaller(block.key, start_[first + i]);
+    Block block = {first, smaller(kLanes, queries_ - first), start_[first], kPermuted, {}, kLanes, true};
+    for (int64_t i = 0; i < block.count; ++i) {
+      block.key = smaller(block.key, start_[first + i]);
+      block.is_full = block.is_full && size_[first + i] == problem_.axes[2].kernel_size;
+    }
     int32_t most = 0;
     bool is_consecutive = true;
     for (int32_t i = 0; i < kLanes; ++i) {

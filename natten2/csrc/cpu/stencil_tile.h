@@ -135,6 +135,7 @@ struct Source {
   const float* tokens;  // rows of channels
   int begin, end;
   int32_t weights[kRows];
+  Interval part = {};  // of the tokens, where the sums are those of neighboring columns
 };
 
 // Tokens of a row that one column's sums run over, or two neighbors': of the first alone, of both, of the second alone.
@@ -184,6 +185,25 @@ struct ColumnSums {
   float* out[2][kRows];
 };
 
+// Neighboring columns as the sums of one: cuts the row that they run over wherever a column begins or ends. Returns the
+// number of pieces, at most 2 * count.
+inline int cut_source(const Source& row, const Interval* tokens, int count, Source* pieces) {
+  int found = 0, begin = 0;
+  for (int64_t t = 0;;) {
+    while (begin < count && tokens[begin].end <= t) ++begin;
+    if (begin == count) return found;
+    t = larger(t, tokens[begin].begin);
+    int end = begin + 1;
+    while (end < count && tokens[end].begin <= t) ++end;
+    const int64_t next = end < count ? smaller(tokens[begin].end, tokens[end].begin) : tokens[begin].end;
+    pieces[found] = row;
+    pieces[found].begin = begin;
+    pieces[found].end = end;
+    pieces[found++].part = {t, next};
+    t = next;
+  }
+}
+
 template <int kColumns, int kWidth>
 using Sums = Lanes[kColumns][kRows][kWidth];
 
@@ -216,11 +236,16 @@ template <int kBegin, int kEnd, int kFirst, int kLast, int kCount, int kColumns,
   }
 }
 
+// In place of a number of tokens: each source has its own.
+constexpr int kParts = -2;
+
 template <int kBegin, int kEnd, int kAlone, int kBoth, int kColumns, int kWidth, class Weights>
 [[gnu::always_inline]] inline void add_source(const Source& source, const ColumnSums& args, const Weights& weights,
                                               Sums<kColumns, kWidth>& sums) {
   const Span& span = args.span;
-  if constexpr (kColumns == 1) {
+  if constexpr (kBoth == kParts) {
+    add_tokens<kBegin, kEnd, 0, 1, -1>(source, source.part, args, weights, sums);
+  } else if constexpr (kColumns == 1) {
     add_tokens<kBegin, kEnd, 0, 1, kBoth>(source, span.first, args, weights, sums);
   } else {
     add_tokens<kBegin, kEnd, 0, 1, kAlone>(source, span.first, args, weights, sums);
