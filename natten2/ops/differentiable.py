@@ -45,7 +45,7 @@ def register_differentiable(
     node = type(rule.__name__, (rule, _SingleLevelFunction), members)
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
-        is_transformed = _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        is_transformed = _C._are_functorch_transforms_active() or _has_dual_level()
         if is_transformed and any(map(_has_tangent, args)):
             CHECKS[op](*args)
             return formula(*args)
@@ -55,6 +55,11 @@ def register_differentiable(
             return node.apply(*args)
 
     library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
+
+
+def _has_dual_level() -> bool:
+    # The compiler enters levels of forward mode without telling forward_ad; it traces under a mode of dispatch.
+    return forward_ad._current_level >= 0 or _C._len_torch_dispatch_stack() > 0
 
 
 def _has_tangent(value: object) -> bool:
