@@ -71,6 +71,7 @@ FURTHER = (
     ("`DTensor`, FSDP2, DDP, tensor parallelism", test_sharding, "four_processes_give_what_one_gives"),
     ("context parallelism", test_distributed, "four_processes_give_what_one_gives"),
     ("jagged nested tensors", test_nested, "one_ragged_axis"),
+    ("jagged nested tensors through modules", test_nested, "modules"),
     ("`torch.jit.trace`, `torch.jit.script`", test_export, "torchscript_raises"),
 )
 
