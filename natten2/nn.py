@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class _NeighborhoodAttention(nn.Module):
             axes = ", ".join(self._axes)
             raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")
         if input.is_nested:
-            return self._project_values(input, lambda qkv: self._attend(_like(input, qkv)).values())
+            return self._project_values(input, partial(self._attend_values, input))
         return self._project(input, self._attend)
 
     def _project(self, input: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -72,6 +73,9 @@ class _NeighborhoodAttention(nn.Module):
     def _project_values(self, input: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The same for the packed values of a jagged nested tensor, which linear layers take only as they are."""
         return _like(input, self._project(input.values(), attend))
+
+    def _attend_values(self, nested: Tensor, qkv: Tensor) -> Tensor:
+        return self._attend(_like(nested, qkv)).values()
 
     # `natten2.distributed` puts its own in this place.
     def _attend(self, qkv: Tensor) -> Tensor:
