@@ -8,8 +8,9 @@ from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 
 from natten2.ops import reference
 from natten2.ops.schemas import na_backward, na_forward
+from natten2.ops.validation import CHECKS
 
-OPERATORS = ("na_forward", "na_backward")
+OPERATORS = tuple(op._opname for op in CHECKS)
 FACES = ("na1d", "na2d", "na3d")
 
 
@@ -140,9 +141,15 @@ def test_every_kernel_has_a_schema():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("key", ["CPU", "Meta", "MPS", "XPU", "BackendSelect", "AutogradCPU", "AutogradCUDA"])
+@pytest.mark.parametrize("key", ["CPU", "Meta", "MPS", "XPU", "BackendSelect", "AutogradCPU", "AutogradCUDA", "Tracer"])
 def test_operators_are_registered(name: str, key: str):
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"natten2::{name}", key)
+
+
+@pytest.mark.parametrize("name", ["na_forward", "na_qkv_forward", "na_qk", "na_av"])
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "XPU", "MPS"])
+def test_autocast_is_registered(name: str, device: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"natten2::{name}", f"Autocast{device}")
 
 
 @pytest.mark.parametrize("name", [*OPERATORS, *FACES])

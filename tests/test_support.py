@@ -38,10 +38,11 @@ each of `na_forward`, `na_qkv_forward`, `na_qk`, `na_av`, and of their gradients
 `na_qk_backward`, `na_av_backward`. What *raises* does so in PyTorch itself, for the reference's plain operators too.
 """
 NOTE = """
-Reverse mode runs kernels; forward mode and second derivatives of `na_*forward` run the reference, in memory linear in
-the number of tokens. *Compiled* is the transform as a whole: a compiled function that is called with dual numbers, or
-inside of `linearize`, loses tangents, whatever is in it. A process in which `jacfwd` of `jacfwd` or `vmap` of `hessian`
-failed to compile is no longer sound, since PyTorch leaves its memory damaged.
+Reverse mode runs kernels, that of `na_qk` and `na_av` to any order; forward mode, and second derivatives of the others,
+run the reference, in memory linear in the number of tokens. *Compiled* is the function alone in the first three rows,
+and the transform as a whole in the others: `torch.func` does not go through compiled functions. After `jacfwd` of
+`jacfwd` or `vmap` of `hessian` has raised there, PyTorch may fail to compile what comes next in the same process, or
+crash.
 
 ## Everything else
 """

@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import INPUTS, random_problem, relative_error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +35,7 @@ OPERATORS = {
 }
 # What is also compiled in short runs.
 QUICK = ("backward", "double backward", "grad", "jvp", "vmap")
-# The process is no longer sound after this error: what it compiles next fails at times, or crashes.
+# After this error the process is no longer sound: what it compiles next may fail, or crash.
 FATAL = "INTERNAL ASSERT FAILED"
 # Where PyTorch itself has no answer, whatever the operator, it says so.
 RAISES = {
@@ -259,10 +260,26 @@ def test_derivatives_need_memory_linear_in_the_tokens(operator: str):
     assert largest(640) == 20 * largest(32)
 
 
-def test_forward_mode_checks_its_arguments():
-    query = torch.randn(1, 4, 1, 2)
-    with pytest.raises(ValueError, match=r"kernel_size \* dilation must not exceed the axis, got 5"):
-        jvp(lambda x: natten2.na1d(x, x, x, 5), (query,), (query,))
+TOO_LARGE = r"kernel_size \* dilation must not exceed the axis, got 5"
+
+
+def of_a_window_too_large(operator: str) -> tuple[Callable, list[Tensor]]:
+    tensors, (_, *parameters) = point(operator)
+    return lambda *tensors: OPERATORS[operator][0](*tensors, (5,), *parameters), tensors
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_mode_checks_its_arguments(operator: str):
+    function, tensors = of_a_window_too_large(operator)
+    with pytest.raises(ValueError, match=TOO_LARGE):
+        jvp(function, tuple(tensors), tuple(tensors))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_tensors_are_checked(operator: str):
+    function, tensors = of_a_window_too_large(operator)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=TOO_LARGE):
+        function(*map(mode.from_tensor, tensors))
 
 
 def test_forward_mode_of_half_precision():

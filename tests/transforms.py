@@ -54,11 +54,15 @@ def _vmap(f: Function, x: Tensor, t: Tensor) -> Tensor:
     return vmap(f)(torch.stack((x, t)))
 
 
-# Those of autograd, which go on after a function has returned.
-AUTOGRAD: dict[str, Transform] = {"backward": _reverse, "double backward": _double_backward}
+# Those of autograd, which surround a function.
+AUTOGRAD: dict[str, Transform] = {
+    "backward": _reverse,
+    "double backward": _double_backward,
+    "dual numbers": _dual_numbers,
+}
 # Those that the compiler sees as a whole.
 FUNCTIONAL: dict[str, Transform] = {
-    "dual numbers": _dual_numbers,
+    "dual numbers made within": _dual_numbers,
     "dual numbers over backward": _forward_over_reverse,
     "linearize": _linearize,
     "grad": lambda f, x, t: grad(_loss(f))(x),
