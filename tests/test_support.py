@@ -41,8 +41,7 @@ NOTE = """
 Reverse mode runs kernels, that of `na_qk` and `na_av` to any order; forward mode, and second derivatives of the others,
 run the reference, in memory linear in the number of tokens. *Compiled* is the function alone in the first three rows,
 and the transform as a whole in the others: `torch.func` does not go through compiled functions. After `jacfwd` of
-`jacfwd` or `vmap` of `hessian` has raised there, PyTorch may fail to compile what comes next in the same process, or
-crash.
+`jacfwd` or `vmap` of `hessian` has raised there, PyTorch's forward mode may fail in the same process.
 
 ## Everything else
 """

@@ -35,7 +35,7 @@ OPERATORS = {
 }
 # What is also compiled in short runs.
 QUICK = ("backward", "double backward", "grad", "jvp", "vmap")
-# After this error the process is no longer sound: what it compiles next may fail, or crash.
+# After this error, forward mode may fail in the same process, eager too.
 FATAL = "INTERNAL ASSERT FAILED"
 # Where PyTorch itself has no answer, whatever the operator, it says so.
 RAISES = {
