@@ -276,6 +276,18 @@ def test_forward_mode_checks_its_arguments(operator: str):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_results_are_like_the_kernels(operator: str):
+    tensors, parameters = point(operator)
+    # A bias and a log-sum-exp, which have fewer axes, may be wider than the tokens.
+    tensors = [x.to(torch.bfloat16 if x.dim() > 3 else torch.float32) for x in tensors]
+    call = OPERATORS[operator][0]
+    with FakeTensorMode() as mode:
+        fakes = call(*map(mode.from_tensor, tensors), *parameters)
+    for fake, real in zip(tree_leaves(fakes), tree_leaves(call(*tensors, *parameters)), strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_fake_tensors_are_checked(operator: str):
     function, tensors = of_a_window_too_large(operator)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=TOO_LARGE):
