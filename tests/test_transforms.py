@@ -275,14 +275,18 @@ def test_forward_mode_checks_its_arguments(operator: str):
         jvp(function, tuple(tensors), tuple(tensors))
 
 
+@pytest.mark.parametrize("is_plain", [False, True], ids=["everything", "plain"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_fake_results_are_like_the_kernels(operator: str):
-    tensors, parameters = point(operator)
+def test_fake_results_are_like_the_kernels(operator: str, is_plain: bool):
+    call, (tensors, parameters) = OPERATORS[operator][0], point(operator)
     # A bias and a log-sum-exp, which have fewer axes, may be wider than the tokens.
     tensors = [x.to(torch.bfloat16 if x.dim() > 3 else torch.float32) for x in tensors]
-    call = OPERATORS[operator][0]
+    if is_plain:
+        is_optional = [isinstance(argument.type, torch.OptionalType) for argument in call._schema.arguments]
+        # The last slot of scores and weights is the additional key's.
+        tensors = [None if optional else x[..., :3] for x, optional in zip(tensors, is_optional, strict=False)]
     with FakeTensorMode() as mode:
-        fakes = call(*map(mode.from_tensor, tensors), *parameters)
+        fakes = call(*(None if x is None else mode.from_tensor(x) for x in tensors), *parameters)
     for fake, real in zip(tree_leaves(fakes), tree_leaves(call(*tensors, *parameters)), strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
