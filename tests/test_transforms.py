@@ -34,7 +34,7 @@ OPERATORS = {
     )
 }
 # What is also compiled in short runs.
-QUICK = ("backward", "double backward", "grad", "jvp", "vmap")
+QUICK = ("backward", "double backward", "dual numbers made within", "grad", "jvp", "vmap")
 # After this error, forward mode may fail in the same process, eager too.
 FATAL = "INTERNAL ASSERT FAILED"
 # Where PyTorch itself has no answer, whatever the operator, it says so.
