@@ -1,4 +1,4 @@
-"""Runs a function on several processes that form a process group."""
+"""Runs a function on a process of its own, or on several that form a process group."""
 
 from __future__ import annotations
 
@@ -13,13 +13,25 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 
-def run_on(processes: int, function: Callable[..., None], directory: Path, *args: object) -> None:
-    """Calls `function(*args)` on every process, in a gloo group that meets in the empty `directory`.
+def run_apart(function: Callable[..., None], *args: object) -> None:
+    """Calls `function(*args)` on a process of its own, of which nothing stays behind."""
+    process = _context().Process(target=function, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
-    Processes are forked off one that has imported all that is slow to import.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["natten2.distributed", "torch.testing"])
+
+def run_on(processes: int, function: Callable[..., None], directory: Path, *args: object) -> None:
+    """Calls `function(*args)` on every process, in a gloo group that meets in the empty `directory`."""
+    _context()
     start_processes(_run, (processes, function, directory / "store", args), nprocs=processes, start_method="forkserver")
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes are forked off one that has imported all that is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["natten2.distributed", "torch.testing"])
+    return context
 
 
 def _run(rank: int, processes: int, function: Callable[..., None], store: Path, args: tuple[object, ...]) -> None:

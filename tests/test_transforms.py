@@ -1,13 +1,11 @@
 """Derivatives and `torch.func` through the operators, against the same through the reference, in float64."""
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from problems import INPUTS, random_problem, relative_error
+from processes import run_apart
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp
@@ -123,13 +121,10 @@ def cells() -> list:
 
 @pytest.mark.parametrize(("name", "operator", "mode"), cells())
 def test_transforms(name: str, operator: str, mode: str, fresh_compiler: None):
-    if RAISES.get((name, mode)) == FATAL:
+    if (name, mode) in RAISES:
+        run = run_apart if RAISES[name, mode] == FATAL else lambda call, *args: call(*args)
         for index in range(2):
-            program = f"from test_transforms import *; raises({name!r}, {operator!r}, {mode!r}, {index})"
-            subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True)
-    elif (name, mode) in RAISES:
-        for index in range(2):
-            raises(name, operator, mode, index)
+            run(raises, name, operator, mode, index)
     else:
         ours, theirs, x, t = functions(operator)
         result = transformed(name, ours, mode, x, t)
