@@ -41,8 +41,11 @@ RAISES = {
     ("dual numbers over backward", "compiled"): "trace_autograd_ops",
     ("linearize", "compiled"): "Attempted to call function marked as skipped",
     ("jacfwd of jacfwd", "compiled"): FATAL,
+    ("jvp of jvp", "compiled"): FATAL,
     ("vmap of hessian", "compiled"): FATAL,
 }
+# What it compiles at times, depending on the function and on what the process compiled before.
+UNSURE = ("jacfwd of jacfwd", "jvp of jvp")
 
 
 def point(name: str) -> tuple[list[Tensor], tuple]:
@@ -132,10 +135,15 @@ def test_transforms(name: str, operator: str, mode: str, fresh_compiler: None):
 
 
 def raises(name: str, operator: str, mode: str, index: int) -> None:
-    """Sees PyTorch raise for the operator, or for plain PyTorch, its reference."""
+    """Sees PyTorch raise for the operator, or for plain PyTorch, its reference; what is unsure may be right instead."""
     *both, x, t = functions(operator)
-    with pytest.raises(RuntimeError, match=RAISES[name, mode]):
-        transformed(name, both[index], mode, x, t)
+    try:
+        result = transformed(name, both[index], mode, x, t)
+    except RuntimeError as error:
+        assert RAISES[name, mode] in str(error)  # noqa: PT017
+    else:
+        assert name in UNSURE
+        torch.testing.assert_close(result, TRANSFORMS[name](both[1], x, t), rtol=1e-9, atol=1e-9)
 
 
 class Counter(TorchDispatchMode):
