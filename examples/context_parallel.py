@@ -49,14 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("error: start it with torchrun --nproc-per-node 4 -m examples.context_parallel")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    # A DDP model that outlives the group waits for its threads with Python's lock, which they may want.
+    train_both(options)
+    # Whoever leaves early may cut off others who still wait for it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_both(options: argparse.Namespace) -> None:
+    """Trains on all processes, then on one, and compares; the models end here, before their process group."""
     rank, lengths = dist.get_rank(), shard(options.height, dist.get_world_size())
     model = DistributedDataParallel(context_parallel(make_model(), lengths=lengths))
     losses = train(model, rows(sum(lengths[:rank]), lengths[rank], options), options)
     if rank == 0:
         compare(losses, train(make_model(), rows(0, options.height, options), options), lengths)
-    # Whoever leaves early may cut off others who still wait for it.
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

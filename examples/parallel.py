@@ -41,7 +41,11 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the processes that `torchrun` started, if it did; gives this one's device."""
+    """Joins the processes that `torchrun` started, if it did; gives this one's device.
+
+    No DDP model may outlive it: the last one to hold the group waits for the group's threads, and a DDP model does so
+    with Python's lock, which they may want.
+    """
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda else torch.device("cpu")
     if is_cuda:
@@ -50,10 +54,9 @@ def process_group() -> Iterator[torch.device]:
         yield device
         return
     dist.init_process_group("nccl" if is_cuda else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    # Not after an exception, whose traceback still holds the model.
+    yield device
+    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -62,18 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Trains, writes checkpoints and a plot after every epoch, and returns the history."""
     options = parse(arguments)
     with process_group() as device:
-        train_images, val_images = (open_images(options.data, split, options.image_size) for split in ("train", "val"))
-        train_images = replace(train_images, augment=options.augment)
-        torch.manual_seed(options.seed)
-        run = make_run(options, len(train_images.classes), device)
-        if options.resume:
-            load(run, options.out / LAST)
-        for epoch in range(len(run.history), options.stop_after or options.epochs):
-            loss = train_epoch(run, train_images, epoch, options, device)
-            accuracy = validate(run.ema, val_images, options, device)
-            run.history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
-            save(run, val_images, options)
-        return run.history
+        return train(options, device)
+
+
+def train(options: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
+    """Everything that holds the process group ends with this function."""
+    train_images, val_images = (open_images(options.data, split, options.image_size) for split in ("train", "val"))
+    train_images = replace(train_images, augment=options.augment)
+    torch.manual_seed(options.seed)
+    run = make_run(options, len(train_images.classes), device)
+    if options.resume:
+        load(run, options.out / LAST)
+    for epoch in range(len(run.history), options.stop_after or options.epochs):
+        loss = train_epoch(run, train_images, epoch, options, device)
+        accuracy = validate(run.ema, val_images, options, device)
+        run.history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
+        save(run, val_images, options)
+    return run.history
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +57,25 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, input: Tensor) -> Tensor:
-        check_tensor("input", input)
+        check_tensor("input", input, jagged=True)
         if input.dim() != len(self._axes) + 2 or input.shape[-1] != self.embed_dim:
             axes = ", ".join(self._axes)
             raise ValueError(f"input must have shape [batch, {axes}, {self.embed_dim}], got {list(input.shape)}")
+        if input.is_nested:
+            return self._project_values(input, partial(self._attend_values, input))
+        return self._project(input, self._attend)
+
+    def _project(self, input: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         # One product, which the operator reads in place, and one gradient.
-        output = self._attend(self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)))
+        output = attend(self.qkv(input).unflatten(-1, (3, self.num_heads, self.head_dim)))
         return self.proj_drop(self.proj(output.flatten(-2)))
+
+    def _project_values(self, input: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same for the packed values of a jagged nested tensor, which linear layers take only as they are."""
+        return _like(input, self._project(input.values(), attend))
+
+    def _attend_values(self, nested: Tensor, qkv: Tensor) -> Tensor:
+        return self._attend(_like(nested, qkv)).values()
 
     # `natten2.distributed` puts its own in this place.
     def _attend(self, qkv: Tensor) -> Tensor:
@@ -76,6 +89,12 @@ class _NeighborhoodAttention(nn.Module):
             f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}, qk_scale={self.qk_scale}, "
             f"rel_pos_bias={self.rpb is not None}"
         )
+
+
+def _like(nested: Tensor, values: Tensor) -> Tensor:
+    """Packed values as a nested tensor with the offsets of another."""
+    offsets, lengths = nested.offsets(), nested.lengths()
+    return torch.nested.nested_tensor_from_jagged(values, offsets, lengths, jagged_dim=nested._ragged_idx)
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
@@ -92,7 +111,8 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
 
     Maps `[B, height, width, embed_dim]` to the same shape, in the dtype of the weights: float32, float64, bfloat16, or
     float16. Every argument of the window is one number for both axes, or one per axis; :func:`natten2.na2d` says what
-    they mean.
+    they mean. Images that differ in height or in width come as a jagged nested tensor; :func:`natten2.nested.attend`
+    takes those that differ in both.
 
     Args:
         embed_dim: Channels of input and output, a multiple of `num_heads`.

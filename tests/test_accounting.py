@@ -68,12 +68,15 @@ def test_flop_counter(mode: str, fresh_compiler: None):
 
 
 def test_flops_of_a_module_are_those_of_its_parts():
-    layer, x = natten2.NeighborhoodAttention2D(8, 2, 3), torch.randn(2, 5, 6, 8)
+    layer, x = natten2.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True), torch.randn(2, 5, 6, 8)
     with FlopCounterMode(display=False) as counter:
-        layer(x)
+        output = layer(x)
+    pairs, head_dim = 2 * 30 * 9 * 2, 4
     projections = 2 * x[..., 0].numel() * (8 * 24 + 8 * 8)
-    attention = 2 * 2 * 2 * 30 * 9 * (4 + 4)
-    assert counter.get_total_flops() == projections + attention
+    assert counter.get_total_flops() == projections + 2 * pairs * 2 * head_dim
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_flop_counts()["Global"][torch.ops.natten2.na_qkv_backward] == 2 * pairs * 5 * head_dim
 
 
 def test_flops_of_an_exported_program():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import random_problem
+from test_transforms import OPERATORS, point
 from torch import Tensor
 
 import natten2
@@ -136,6 +137,13 @@ def layer() -> torch.nn.Module:
 def test_torchscript_raises(convert: Callable):
     with pytest.raises((NotImplementedError, RuntimeError), match=UNSUPPORTED):
         convert()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torchscript_traces_no_operator(name: str):
+    tensors, parameters = point(name)
+    with pytest.raises(NotImplementedError, match=UNSUPPORTED):
+        torch.jit.trace(lambda *tensors: OPERATORS[name][0](*tensors, *parameters), tuple(tensors))
 
 
 @pytest.fixture(scope="module")

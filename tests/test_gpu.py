@@ -216,7 +216,7 @@ def opchecked() -> Iterator[object]:
             is_short = (make is test_operators.everything) == (rank == 2)
             marks = [] if is_short else [pytest.mark.long]
             yield pytest.param(make(rank).to(torch.float32), marks=marks, id=f"{make.__name__}-{rank}")
-    for name, problem in test_operators.edge_cases():
+    for name, problem in test_operators.EDGE_CASES.items():
         yield pytest.param(problem.to(torch.bfloat16), id=name)
 
 

@@ -285,12 +285,14 @@ def check_compiled(model: NAT, images: Tensor, backend: str, tolerance: float) -
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.long
 def test_nat_tiny_traces_to_one_graph_in_training() -> None:
     torch.manual_seed(0)
     model = nat_tiny(num_classes=10).double()
     check_compiled(model, torch.randn(2, 3, 64, 64, dtype=torch.float64), "aot_eager", tolerance=0)
 
 
+@pytest.mark.long
 def test_a_small_model_compiles_by_inductor() -> None:
     check_compiled(make(depths=(1, 1), layer_scale=0.5), make_images(16, 16), "inductor", tolerance=1e-9)
 

@@ -1,7 +1,5 @@
 """The registration of every operator: what opcheck sees, and what it doesn't."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from problems import DTYPES, Problem, packed, random_problem, with_layout
@@ -10,8 +8,9 @@ from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 
 from natten2.ops import reference
 from natten2.ops.schemas import na_backward, na_forward
+from natten2.ops.validation import CHECKS
 
-OPERATORS = ("na_forward", "na_backward")
+OPERATORS = tuple(op._opname for op in CHECKS)
 FACES = ("na1d", "na2d", "na3d")
 
 
@@ -44,12 +43,19 @@ def plain(rank: int) -> Problem:
     return random_problem((5, 4, 3)[:rank], (3, 2, 3)[:rank])
 
 
-def edge_cases() -> Iterator[tuple[str, Problem]]:
-    yield "one token", random_problem((1, 1), (1, 1))
-    yield "empty batch", random_problem((4, 5), (3, 3), batch=0, bias=True, additional=1)
-    yield "single frame", random_problem((1, 5, 4), (1, 3, 3), bias=True)
-    yield "one channel", random_problem((6,), (3,), head_dim=1, value_dim=1)
-    yield "causal", random_problem((6, 7), (3, 3), is_causal=(True, True))
+EDGE_CASES = {
+    "one token": random_problem((1, 1), (1, 1)),
+    "empty batch": random_problem((4, 5), (3, 3), batch=0, bias=True, additional=1),
+    "single frame": random_problem((1, 5, 4), (1, 3, 3), bias=True),
+    "one channel": random_problem((6,), (3,), head_dim=1, value_dim=1),
+    "causal": random_problem((6, 7), (3, 3), is_causal=(True, True)),
+}
+DTYPE_CASES = {str(dtype): random_problem((5, 4), (3, 3), bias=True, dtype=dtype) for dtype in DTYPES}
+
+
+def but_one_long(cases: dict[str, Problem], short: str) -> list:
+    """Parameters of a test of which one stays in short runs: second derivatives take ten seconds to trace."""
+    return [pytest.param(x, id=name, marks=[] if name == short else [pytest.mark.long]) for name, x in cases.items()]
 
 
 def learnable(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -74,7 +80,9 @@ def test_opcheck_forward(rank: int, make):
     opcheck(na_forward, *learnable(problem.tensors), *problem.parameters)
 
 
-@pytest.mark.parametrize(("rank", "make"), [(1, plain), (2, everything), (3, plain)])
+@pytest.mark.parametrize(
+    ("rank", "make"), [(1, plain), (2, everything), pytest.param(3, plain, marks=pytest.mark.long)]
+)
 def test_opcheck_backward(rank: int, make):
     opcheck(na_backward, *backward_args(make(rank)))
 
@@ -85,16 +93,23 @@ def test_opcheck_faces(rank: int, make):
     opcheck(getattr(torch.ops.natten2, FACES[rank - 1]).default, *face_args(make(rank)))
 
 
-@pytest.mark.parametrize(("name", "problem"), list(edge_cases()), ids=lambda x: x if isinstance(x, str) else "")
-def test_opcheck_edge_cases(name: str, problem: Problem):
+@pytest.mark.parametrize("problem", EDGE_CASES.values(), ids=EDGE_CASES)
+def test_opcheck_edge_cases(problem: Problem):
     opcheck(na_forward, *learnable(problem.tensors), *problem.parameters)
+
+
+@pytest.mark.parametrize("problem", but_one_long(EDGE_CASES, "empty batch"))
+def test_opcheck_backward_of_edge_cases(problem: Problem):
     opcheck(na_backward, *backward_args(problem))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_dtypes(dtype: torch.dtype):
-    problem = random_problem((5, 4), (3, 3), bias=True, dtype=dtype)
+@pytest.mark.parametrize("problem", DTYPE_CASES.values(), ids=DTYPE_CASES)
+def test_opcheck_dtypes(problem: Problem):
     opcheck(na_forward, *learnable(problem.tensors), *problem.parameters)
+
+
+@pytest.mark.parametrize("problem", but_one_long(DTYPE_CASES, "torch.bfloat16"))
+def test_opcheck_backward_of_dtypes(problem: Problem):
     opcheck(na_backward, *backward_args(problem))
 
 
@@ -106,8 +121,13 @@ def test_opcheck_views_of_a_packed_projection():
 
 
 def test_opcheck_expanded_gradient():
-    grad_output, grad_logsumexp, *rest = backward_args(plain(1))
+    grad_output, _, *rest = backward_args(plain(1))
     opcheck(na_backward, torch.ones((), dtype=torch.float64).expand(grad_output.shape), None, *rest)
+
+
+@pytest.mark.long
+def test_opcheck_transposed_gradient():
+    grad_output, grad_logsumexp, *rest = backward_args(plain(1))
     opcheck(
         na_backward,
         grad_output.transpose(1, 2).contiguous().transpose(1, 2),
@@ -124,6 +144,12 @@ def test_every_kernel_has_a_schema():
 @pytest.mark.parametrize("key", ["CPU", "Meta", "MPS", "XPU", "BackendSelect", "AutogradCPU", "AutogradCUDA"])
 def test_operators_are_registered(name: str, key: str):
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"natten2::{name}", key)
+
+
+@pytest.mark.parametrize("name", ["na_forward", "na_qkv_forward", "na_qk", "na_av"])
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "XPU", "MPS"])
+def test_autocast_is_registered(name: str, device: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"natten2::{name}", f"Autocast{device}")
 
 
 @pytest.mark.parametrize("name", [*OPERATORS, *FACES])

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import natten2
 import natten2.distributed
 from natten2.models.nat import NAT, NATConfig
-from natten2.ops.schemas import na_backward, na_forward
+from natten2.ops.schemas import na_backward, na_forward, na_qkv_backward, na_qkv_forward
 
 BATCH, HEADS, WHOLE = Shard(0), Shard(3), Replicate()
 NAMES = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
@@ -106,7 +106,9 @@ def check_absent_inputs(mesh: DeviceMesh) -> None:
     inputs = [None if x is None else distribute_tensor(x, mesh, [BATCH]) for x in problem.tensors]
     upstream = [distribute_tensor(x, mesh, [BATCH]) for x in (problem.grad_output, problem.grad_logsumexp)]
     _, grads, _, expected_grads = run_both(problem, inputs, upstream)
-    for grad, whole in zip(grads, expected_grads, strict=True):
+    for x, grad, whole in zip(inputs, grads, expected_grads, strict=True):
+        # Nothing to sum over the ranks.
+        assert x is not None or grad.placements == (WHOLE,)
         assert grad.shape == whole.shape
         assert relative_error(grad.full_tensor(), whole) <= 1e-12
 
@@ -135,6 +137,33 @@ def check_gradients(problem: Problem, inputs: Sequence[DTensor]) -> None:
         assert torch.equal(result.full_tensor(), whole)
     for x, whole in zip(inputs, grads, strict=True):
         assert relative_error(x.grad.full_tensor(), whole) <= 1e-12
+
+
+def check_packed(mesh: DeviceMesh) -> None:
+    """The packed operators by batch, by heads, and whole, without any communication; one head stays whole."""
+    heads = Shard(4)
+    for count, placements, outer, grad_placements in (
+        (4, (BATCH, WHOLE), BATCH, (BATCH, Partial())),
+        (4, (heads, Shard(0)), HEADS, (heads, Shard(0))),
+        (4, (WHOLE, WHOLE), WHOLE, (WHOLE, WHOLE)),
+        (1, (heads, Shard(0)), WHOLE, (WHOLE, WHOLE)),
+    ):
+        problem = random_problem((6, 5), (3, 2), is_causal=(False, True), heads=count, bias=True)
+        tensors, parameters = (torch.stack(problem.tensors[:3], -3), problem.tensors[3]), problem.parameters
+        upstream = (problem.grad_output, problem.grad_logsumexp)
+        inputs = [distribute_tensor(x, mesh, [y]) for x, y in zip(tensors, placements, strict=True)]
+        sharded = [distribute_tensor(x, mesh, [outer]) for x in upstream]
+        with CommDebugMode() as communication:
+            results = na_qkv_forward(*inputs, *parameters)
+            grads = na_qkv_backward(*sharded, *inputs, *results, *parameters)
+        assert count == 1 or communication.get_total_counts() == 0
+        expected = na_qkv_forward(*tensors, *parameters)
+        expected = (*expected, *na_qkv_backward(*upstream, *tensors, *expected, *parameters))
+        for result, whole, placement in zip(
+            (*results, *grads), expected, (outer, outer, *grad_placements), strict=True
+        ):
+            assert result.placements == (placement,)
+            assert relative_error(result.full_tensor(), whole) <= 1e-12
 
 
 def check_two_axes(mesh: DeviceMesh) -> None:
@@ -246,6 +275,7 @@ def check_all() -> None:
     check_rules(mesh["model"])
     check_absent_inputs(mesh["model"])
     check_redistribution(mesh["model"])
+    check_packed(mesh["model"])
     check_two_axes(mesh)
     check_heads(mesh["model"])
     check_training(mesh)

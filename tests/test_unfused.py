@@ -209,6 +209,22 @@ def test_derivatives(rank: int, index: int):
     )
 
 
+@pytest.mark.parametrize("index", range(4), ids=["qk", "qk_backward", "av", "av_backward"])
+def test_second_derivatives_of_expanded_gradients(index: int):
+    # Those of a sum are one number in every place, with strides of zero, which no kernel reads.
+    function, tensors = forms(small(1))[index]
+
+    def second(last: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = tuple(x.clone().requires_grad_() for x in tensors)
+        results = function(*leaves)
+        results = (results,) if isinstance(results, Tensor) else results
+        squares = sum(x.square().sum() for x in results)
+        grads = torch.autograd.grad(squares, leaves, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(sum(last(grad) for grad in grads), leaves, materialize_grads=True)
+
+    torch.testing.assert_close(second(torch.sum), second(lambda x: (x * torch.ones_like(x)).sum()))
+
+
 def test_third_derivatives_are_there():
     function, tensors = forms(small(1, bias=False))[0]
     leaves = tuple(x.clone().requires_grad_() for x in tensors)

@@ -54,29 +54,28 @@ def _vmap(f: Function, x: Tensor, t: Tensor) -> Tensor:
     return vmap(f)(torch.stack((x, t)))
 
 
-# Those of autograd, which go on after a function has returned.
-AUTOGRAD: dict[str, Transform] = {"backward": _reverse, "double backward": _double_backward}
-# What isn't compiled: the compiler drops dual numbers and can't trace torch.func.linearize, whatever the operator, and
-# compiles nested forward mode only at times; of a mapped hessian it raises.
-EAGER: dict[str, Transform] = {
+# Those of autograd, which surround a function.
+AUTOGRAD: dict[str, Transform] = {
+    "backward": _reverse,
+    "double backward": _double_backward,
     "dual numbers": _dual_numbers,
+}
+# Those that the compiler sees as a whole.
+FUNCTIONAL: dict[str, Transform] = {
+    "dual numbers made within": _dual_numbers,
     "dual numbers over backward": _forward_over_reverse,
     "linearize": _linearize,
-    "jacfwd of jacfwd": lambda f, x, t: jacfwd(jacfwd(_loss(f)))(x),
-    "jvp of jvp": lambda f, x, t: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (t.cos(),)),
-    "vmap of hessian": lambda f, x, t: vmap(hessian(_loss(f)))(torch.stack((x, t))),
-}
-# Those of torch.func, which the compiler sees as a whole.
-FUNCTIONAL: dict[str, Transform] = {
     "grad": lambda f, x, t: grad(_loss(f))(x),
     "vjp": lambda f, x, t: vjp(f, x)[1](f(t)),
     "jvp": lambda f, x, t: jvp(f, (x,), (t,)),
     "jacrev": lambda f, x, t: jacrev(f)(x),
     "jacfwd": lambda f, x, t: jacfwd(f)(x),
     "hessian": lambda f, x, t: hessian(_loss(f))(x),
+    "jacfwd of jacfwd": lambda f, x, t: jacfwd(jacfwd(_loss(f)))(x),
     "jacrev of jacrev": lambda f, x, t: jacrev(jacrev(_loss(f)))(x),
     "jacrev of jacfwd": lambda f, x, t: jacrev(jacfwd(_loss(f)))(x),
     "grad of grad": lambda f, x, t: grad(lambda y: (grad(_loss(f))(y) * t).sum())(x),
+    "jvp of jvp": lambda f, x, t: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (t.cos(),)),
     "jvp of grad": lambda f, x, t: jvp(grad(_loss(f)), (x,), (t,)),
     "grad of jvp": lambda f, x, t: grad(lambda y: jvp(_loss(f), (y,), (t,))[1])(x),
     "grad of grad of grad": lambda f, x, t: grad(
@@ -87,6 +86,7 @@ FUNCTIONAL: dict[str, Transform] = {
     "vmap of grad": lambda f, x, t: vmap(grad(_loss(f)))(_directions(x)),
     "vmap of vjp": lambda f, x, t: vmap(lambda u: vjp(f, x)[1](u))(_directions(f(x))),
     "vmap of jvp": lambda f, x, t: vmap(lambda u: jvp(f, (x,), (u,)))(_directions(t)),
+    "vmap of hessian": lambda f, x, t: vmap(hessian(_loss(f)))(torch.stack((x, t))),
     "grad of vmap": lambda f, x, t: grad(lambda y: vmap(f)(torch.stack((y, y * t))).sin().sum())(x),
     "jvp of vmap": lambda f, x, t: jvp(vmap(f), (torch.stack((x, t)),), (torch.stack((t, x)),)),
 }

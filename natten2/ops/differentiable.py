@@ -46,7 +46,9 @@ def register_differentiable(
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
         is_transformed = _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if is_transformed and any(map(_has_tangent, args)):
+        # The compiler, which runs under modes of dispatch, enters levels of forward mode that forward_ad doesn't know.
+        is_traced = _C._len_torch_dispatch_stack() > 0
+        if (is_transformed or is_traced) and _have_tangents(args, is_traced):
             CHECKS[op](*args)
             return formula(*args)
         if not is_transformed and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
@@ -57,6 +59,16 @@ def register_differentiable(
     library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
 
 
+def _have_tangents(values: tuple[object, ...], is_traced: bool) -> bool:
+    if not is_traced:
+        return any(map(_has_tangent, values))
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    # To look at a tensor is an operation, which has no place in the graph.
+    with disable_proxy_modes_tracing():
+        return any(map(_has_tangent, values))
+
+
 def _has_tangent(value: object) -> bool:
-    # Level 0 is the only one there is, also where forward_ad doesn't know of it: in a graph that the compiler replays.
+    # Level 0 is the only one there is.
     return isinstance(value, Tensor) and torch._VF._unpack_dual(value, level=0).tangent is not None

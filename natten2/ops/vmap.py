@@ -79,8 +79,8 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, axis: int | None) -
 
 
 def _unfold(output: Tensor, size: int, axis: int | None) -> tuple[Tensor, int | None]:
-    """The output with its mapped axis, and where that is; the gradient of an absent input has none."""
-    if output.dim() == 1 or axis is None:
+    """The output with its mapped axis, and where that is."""
+    if axis is None:
         return output, None
     axis %= output.dim()
     return output.unflatten(axis, (size, output.shape[axis] // size)), axis
