@@ -1,0 +1,234 @@
+// The dtypes: how they lie in shared memory, and how tensor cores multiply them.
+//
+// Rows of channels lie in shared memory in pieces of 16 bytes, whose order changes from row to row so that rows which are
+// read together lie in different banks. Products take 16 owned rows from the left and 16 partners, gathered from
+// anywhere, from the right:
+//
+//   scores      [16 owned, 16 partners] += left rows @ partners^T
+//   sums        [16 owned, channels]    += weights [16, 16] @ partners
+//
+// Scores come as two fragments of 8 partners each: `score[j][i]` is of owned row lane / 4 + 8 * (i / 2) and partner
+// 8 * j + 2 * (lane % 4) + i % 2. Sums come in the same way, with channels in place of partners.
+#pragma once
+
+#include "device.cuh"
+
+namespace natten2::cuda {
+
+constexpr int kPieceBytes = 16;
+constexpr int kRows = 16;  // of a warp
+
+template <int kRowBytes>
+NATTEN2_DEVICE int swizzle(int row, int piece) {
+  constexpr int kPieces = kRowBytes / kPieceBytes;
+  static_assert(kPieces >= 4);
+  return kPieces == 4 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7);
+}
+
+// Where a row's piece is.
+template <int kRowBytes>
+NATTEN2_DEVICE unsigned char* piece_of(unsigned char* rows, int row, int piece) {
+  return rows + row * kRowBytes + swizzle<kRowBytes>(row, piece) * kPieceBytes;
+}
+
+// What half precision shares: Type names the 16-bit instructions.
+template <class Type>
+struct HalfPrecision {
+  using Storage = uint16_t;
+  static constexpr int kBytes = 2;
+  static constexpr int kPerWord = 2;
+  static constexpr int kDepth = 16;  // channels of one product
+
+  // The rows of 16 partners, as this lane finds them.
+  struct Partners {
+    int row;
+  };
+
+  NATTEN2_DEVICE static Partners find_partners(const uint16_t* rows) { return {rows[lane_index() % 16]}; }
+
+  template <int kRowBytes>
+  NATTEN2_DEVICE static void load_left(uint32_t (&left)[4], unsigned char* rows, int step) {
+    load_matrices(left, piece_of<kRowBytes>(rows, lane_index() % 16, 2 * step + lane_index() / 16));
+  }
+
+  template <int kRowBytes>
+  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
+                                        const Partners& partners, int step, bool) {
+    uint32_t right[4];
+    load_matrices(right, piece_of<kRowBytes>(rows, partners.row, 2 * step + lane_index() / 16));
+    Type::multiply(score[0], left, right[0], right[2]);
+    Type::multiply(score[1], left, right[1], right[3]);
+  }
+
+  // Weights as left operands: rounded, and what rounding took away.
+  struct Weights {
+    uint32_t rounded[4];
+    uint32_t rest[4];
+  };
+
+  NATTEN2_DEVICE static Weights make_weights(const float (&weight)[2][4], bool is_exact) {
+    Weights result;
+    NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float first = weight[i / 2][2 * (i % 2)], second = weight[i / 2][2 * (i % 2) + 1];
+      const uint32_t word = Type::pack(first, second);
+      result.rounded[i] = word;
+      result.rest[i] = is_exact ? Type::pack(first - Type::widen(static_cast<uint16_t>(word)),
+                                             second - Type::widen(static_cast<uint16_t>(word >> 16)))
+                                : 0;
+    }
+    return result;
+  }
+
+  template <int kRowBytes, int kColumns>
+  NATTEN2_DEVICE static void add_sums(float (&sum)[kColumns / 8][4], const Weights& weights, unsigned char* rows,
+                                      const Partners& partners, int first, bool is_exact) {
+    NATTEN2_UNROLL
+    for (int j = 0; j < kColumns / 16; ++j) {
+      uint32_t right[4];
+      load_transposed_matrices(right,
+                               piece_of<kRowBytes>(rows, partners.row, first / 8 + 2 * j + lane_index() / 16));
+      if (is_exact) {
+        Type::multiply(sum[2 * j], weights.rest, right[0], right[1]);
+        Type::multiply(sum[2 * j + 1], weights.rest, right[2], right[3]);
+      }
+      Type::multiply(sum[2 * j], weights.rounded, right[0], right[1]);
+      Type::multiply(sum[2 * j + 1], weights.rounded, right[2], right[3]);
+    }
+  }
+
+  NATTEN2_DEVICE static float widen(Storage bits) { return Type::widen(bits); }
+  NATTEN2_DEVICE static float widen(uint32_t word, int i) { return Type::widen(static_cast<uint16_t>(word >> 16 * i)); }
+  NATTEN2_DEVICE static Storage narrow(float number) { return static_cast<Storage>(Type::pack(number, 0.0f)); }
+
+  NATTEN2_DEVICE static void store_pair(unsigned char* where, float first, float second) {
+    *reinterpret_cast<uint32_t*>(where) = Type::pack(first, second);
+  }
+
+  // A word with 0 for what isn't finite.
+  NATTEN2_DEVICE static uint32_t keep_finite(uint32_t word) {
+    if ((word & Type::kExponent) == Type::kExponent) word &= 0xffff0000u;
+    if ((word >> 16 & Type::kExponent) == Type::kExponent) word &= 0x0000ffffu;
+    return word;
+  }
+};
+
+struct Half : HalfPrecision<Half> {
+  using HalfPrecision::widen;
+  static constexpr uint32_t kExponent = 0x7c00;
+  NATTEN2_DEVICE static uint32_t pack(float first, float second) { return pack_half(first, second); }
+  NATTEN2_DEVICE static float widen(uint16_t bits) { return widen_half(bits); }
+  NATTEN2_DEVICE static void multiply(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+    multiply_half(sum, left, right0, right1);
+  }
+};
+
+struct BFloat16 : HalfPrecision<BFloat16> {
+  using HalfPrecision::widen;
+  static constexpr uint32_t kExponent = 0x7f80;
+  NATTEN2_DEVICE static uint32_t pack(float first, float second) { return pack_bfloat16(first, second); }
+  NATTEN2_DEVICE static float widen(uint16_t bits) { return widen_bfloat16(bits); }
+  NATTEN2_DEVICE static void multiply(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+    multiply_bfloat16(sum, left, right0, right1);
+  }
+};
+
+// float32 on tensor cores that multiply TF32: in one product, or, exactly, in three of each number's two parts.
+struct Float {
+  using Storage = float;
+  static constexpr int kBytes = 4;
+  static constexpr int kPerWord = 1;
+  static constexpr int kDepth = 8;
+
+  struct Partners {
+    int row[2];     // partners lane / 4 and lane / 4 + 8, whose channels are summed
+    int column[4];  // partners 2 * (lane % 4), the next one, and 8 further on, which are summed
+  };
+
+  NATTEN2_DEVICE static Partners find_partners(const uint16_t* rows) {
+    const int g = lane_index() / 4, t = 2 * (lane_index() % 4);
+    return {{rows[g], rows[g + 8]}, {rows[t], rows[t + 1], rows[t + 8], rows[t + 9]}};
+  }
+
+  template <int kRowBytes>
+  NATTEN2_DEVICE static float load(unsigned char* rows, int row, int channel) {
+    return reinterpret_cast<const float*>(piece_of<kRowBytes>(rows, row, channel / 4))[channel % 4];
+  }
+
+  template <int kRowBytes>
+  NATTEN2_DEVICE static void load_left(uint32_t (&left)[4], unsigned char* rows, int step) {
+    const int g = lane_index() / 4, channel = 8 * step + lane_index() % 4;
+    left[0] = to_bits(load<kRowBytes>(rows, g, channel));
+    left[1] = to_bits(load<kRowBytes>(rows, g + 8, channel));
+    left[2] = to_bits(load<kRowBytes>(rows, g, channel + 4));
+    left[3] = to_bits(load<kRowBytes>(rows, g + 8, channel + 4));
+  }
+
+  NATTEN2_DEVICE static void multiply(float (&sum)[4], const uint32_t (&left)[4], float right0, float right1,
+                                      bool is_exact) {
+    uint32_t rounded[4];
+    NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) rounded[i] = round_to_tf32(from_bits(left[i]));
+    const uint32_t first = round_to_tf32(right0), second = round_to_tf32(right1);
+    if (is_exact) {
+      uint32_t rest[4];
+      NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) rest[i] = round_to_tf32(from_bits(left[i]) - from_bits(rounded[i]));
+      multiply_tf32(sum, rest, first, second);
+      multiply_tf32(sum, rounded, round_to_tf32(right0 - from_bits(first)), round_to_tf32(right1 - from_bits(second)));
+    }
+    multiply_tf32(sum, rounded, first, second);
+  }
+
+  template <int kRowBytes>
+  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
+                                        const Partners& partners, int step, bool is_exact) {
+    const int channel = 8 * step + lane_index() % 4;
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j)
+      multiply(score[j], left, load<kRowBytes>(rows, partners.row[j], channel),
+               load<kRowBytes>(rows, partners.row[j], channel + 4), is_exact);
+  }
+
+  // A sum may take its terms in any order, so that partners 2 * t and 2 * t + 1 stand where t and t + 4 belong.
+  struct Weights {
+    uint32_t left[2][4];
+  };
+
+  NATTEN2_DEVICE static Weights make_weights(const float (&weight)[2][4], bool) {
+    Weights result;
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j)
+      NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) result.left[j][i] = to_bits(weight[j][2 * (i % 2) + i / 2]);
+    return result;
+  }
+
+  template <int kRowBytes, int kColumns>
+  NATTEN2_DEVICE static void add_sums(float (&sum)[kColumns / 8][4], const Weights& weights, unsigned char* rows,
+                                      const Partners& partners, int first, bool is_exact) {
+    NATTEN2_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const int channel = first + 8 * n + lane_index() / 4;
+      NATTEN2_UNROLL
+      for (int j = 0; j < 2; ++j)
+        multiply(sum[n], weights.left[j], load<kRowBytes>(rows, partners.column[2 * j], channel),
+                 load<kRowBytes>(rows, partners.column[2 * j + 1], channel), is_exact);
+    }
+  }
+
+  NATTEN2_DEVICE static float widen(Storage number) { return number; }
+  NATTEN2_DEVICE static float widen(uint32_t word, int) { return from_bits(word); }
+  NATTEN2_DEVICE static Storage narrow(float number) { return number; }
+
+  NATTEN2_DEVICE static void store_pair(unsigned char* where, float first, float second) {
+    reinterpret_cast<float*>(where)[0] = first;
+    reinterpret_cast<float*>(where)[1] = second;
+  }
+
+  NATTEN2_DEVICE static uint32_t keep_finite(uint32_t word) {
+    return (word & 0x7f800000u) == 0x7f800000u ? 0 : word;
+  }
+};
+
+}  // namespace natten2::cuda

@@ -1,0 +1,170 @@
+// What forward and backward kernels share: shared memory, the loop over chunks, operands on the left, and scores.
+#pragma once
+
+#include "tile.cuh"
+
+namespace natten2::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+NATTEN2_DEVICE float infinity() { return from_bits(0x7f800000u); }
+
+// How a block's shared memory is divided, in bytes. `owned` is how many tensors' rows it owns, and `numbers` how many
+// float32 numbers come with each partner.
+struct Layout {
+  int32_t owned[2];
+  int32_t stage[2];  // partners of the first stage, in two tensors
+  int32_t numbers;   // after them, in each stage
+  int32_t stage_bytes;
+  int32_t entries;
+  int32_t rows;
+  int32_t bias;
+  int32_t grad_bias;
+  int32_t total;
+};
+
+NATTEN2_HOST_DEVICE constexpr Layout make_layout(const Plan& plan, int row_bytes, int owned, int numbers) {
+  Layout layout = {};
+  layout.owned[1] = kOwned * row_bytes;
+  layout.stage[0] = owned * kOwned * row_bytes;
+  layout.stage[1] = layout.stage[0] + plan.chunk_rows * row_bytes;
+  layout.numbers = layout.stage[1] + plan.chunk_rows * row_bytes;
+  layout.stage_bytes = 2 * plan.chunk_rows * row_bytes + numbers * plan.chunk_rows * 4;
+  layout.entries = layout.stage[0] + plan.stages * layout.stage_bytes;
+  layout.rows = layout.entries + kWarps * plan.chunk_rows * static_cast<int>(sizeof(Entry));
+  layout.bias = layout.rows + kWarps * plan.chunk_rows * static_cast<int>(sizeof(uint16_t));
+  layout.grad_bias = layout.bias + plan.offsets * 4;
+  const int end = layout.grad_bias + kWarps * plan.grad_tables * plan.offsets * 4;
+  layout.total = (end + kPieceBytes - 1) / kPieceBytes * kPieceBytes;
+  return layout;
+}
+
+// Loads and visits chunks `first`, `first + step`, and so on. Where two fit in memory, one is loaded during a visit.
+// `load` gets a chunk's number and its stage, and so does `visit`, which must not touch the memory when it is done.
+template <class Number, class Load, class Visit>
+NATTEN2_DEVICE void for_each_chunk(const Plan& plan, const Layout& layout, int count, int first, int step, bool is_clean,
+                                   const Load& load, const Visit& visit) {
+  unsigned char* stages = shared_memory() + layout.stage[0];
+  const int tensor_bytes = layout.numbers - layout.stage[0];
+  if (first < count) load(first, stages);
+  commit_copies();
+  NATTEN2_ROLL
+  for (int i = first, turn = 0; i < count; i += step, turn ^= plan.stages - 1) {
+    unsigned char* stage = stages + turn * layout.stage_bytes;
+    if (plan.stages == 2) {
+      if (i + step < count) load(i + step, stages + (turn ^ 1) * layout.stage_bytes);
+      commit_copies();
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    sync_block();
+    if (is_clean) {
+      keep_finite<Number>(stage, tensor_bytes);
+      sync_block();
+    }
+    visit(i, stage);
+    sync_block();
+    if (plan.stages == 1) {
+      if (i + step < count) load(i + step, stages);
+      commit_copies();
+    }
+  }
+}
+
+// A warp's owned rows as left operands: in registers, or in shared memory where they are too many.
+template <class Number, int kChannels, bool kInRegisters>
+class Left {
+ public:
+  static constexpr int kSteps = kChannels / Number::kDepth;
+  static constexpr int kRowBytes = kChannels * Number::kBytes;
+
+  NATTEN2_DEVICE void start(unsigned char* owned) {
+    rows_ = owned + warp_index() * kRows * kRowBytes;
+    if constexpr (kInRegisters) {
+      NATTEN2_UNROLL
+      for (int step = 0; step < kSteps; ++step) Number::template load_left<kRowBytes>(held_[step], rows_, step);
+    }
+  }
+
+  // Scores of the owned rows with 16 partners.
+  NATTEN2_DEVICE void multiply(float (&score)[2][4], unsigned char* rows, const typename Number::Partners& partners,
+                               bool is_exact) const {
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j)
+      NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
+    NATTEN2_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kInRegisters) {
+        Number::template add_scores<kRowBytes>(score, held_[step], rows, partners, step, is_exact);
+      } else {
+        uint32_t left[4];
+        Number::template load_left<kRowBytes>(left, rows_, step);
+        Number::template add_scores<kRowBytes>(score, left, rows, partners, step, is_exact);
+      }
+    }
+  }
+
+ private:
+  uint32_t held_[kInRegisters ? kSteps : 1][4];
+  unsigned char* rows_;
+};
+
+// How much an offset along each axis adds to the index of a head's bias.
+NATTEN2_DEVICE void find_bias_strides(const Problem& problem, uint32_t (&strides)[kAxes]) {
+  uint32_t stride = 1;
+  NATTEN2_UNROLL
+  for (int axis = kAxes - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= 2 * problem.axes[axis].kernel_size - 1;
+  }
+}
+
+// What an owned token adds to the index of a pair's bias; `sign` is 1 for keys and -1 for queries.
+NATTEN2_DEVICE uint32_t bias_offset(const Problem& problem, const uint32_t (&strides)[kAxes],
+                                    const int (&position)[kAxes], int sign) {
+  uint32_t offset = 0;
+  NATTEN2_UNROLL
+  for (int axis = 0; axis < kAxes; ++axis)
+    offset += static_cast<uint32_t>(problem.axes[axis].kernel_size - 1 + sign * position[axis]) * strides[axis];
+  return offset;
+}
+
+// Copies a head's bias to shared memory, in base 2.
+NATTEN2_DEVICE void load_bias(float* bias, const float* from, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) bias[i] = from[i] * kLog2E;
+}
+
+// The pairs of 16 owned tokens with 16 partners, as this lane holds their scores.
+struct Pairs {
+  bool is_visible[2][4];
+  uint32_t offset[2][4];  // index of the bias
+
+  NATTEN2_DEVICE Pairs(const Portion& portion, int first, const uint32_t (&owned_offset)[2]) {
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      Entry pair[2];
+      portion.find_pair(first, j, pair);
+      NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        is_visible[j][i] = portion.is_visible(i / 2, pair[i % 2].place);
+        offset[j][i] = owned_offset[i / 2] + pair[i % 2].offset;
+      }
+    }
+  }
+};
+
+// Turns products into scores in base 2; a hidden pair's stays any number.
+NATTEN2_DEVICE void finish_scores(float (&score)[2][4], const Pairs& pairs, float scale, const float* bias) {
+  NATTEN2_UNROLL
+  for (int j = 0; j < 2; ++j)
+    NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      score[j][i] *= scale;
+      if (bias && pairs.is_visible[j][i]) score[j][i] += bias[pairs.offset[j][i]];
+    }
+}
+
+}  // namespace natten2::cuda
