@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
 #include "launch.h"
 
 namespace {

@@ -14,24 +14,19 @@ namespace natten2::cuda {
 struct BackwardCall {
   Backward args;
   Plan plan;
+  Layout layout;
 };
 
 template <class Number, int kChannels, bool kOwnsKeys>
 struct BackwardKernel {
   static constexpr int kRowBytes = kChannels * Number::kBytes;
   // Two sums of more channels than these would not fit in registers: other blocks take the rest.
-  static constexpr int kColumns = kOwnsKeys && kChannels > 128 ? 128 : kChannels;
+  static constexpr int kColumns = kOwnsKeys && kRowBytes > 256 ? kChannels / 2 : kChannels;
   static constexpr int kShares = kChannels / kColumns;
   static constexpr int kNumbers = kOwnsKeys ? 2 : 0;
   static constexpr int kBlocks = kRowBytes <= 64 ? 4 : kRowBytes <= 128 ? 3 : kRowBytes <= 256 ? 2 : 1;
 
-  using LeftRows = Left<Number, kChannels, kRowBytes <= 128>;
-
-  // What the owner's rows are multiplied with first, and then summed.
-  struct Operands {
-    View owned[2], partners[2];
-    int heads, group;
-  };
+  using LeftRows = Left<Number, kChannels, kRowBytes <= (kOwnsKeys ? 64 : 128)>;
 
   struct State {
     float first[kColumns / 8][4];                   // of dS
@@ -45,11 +40,12 @@ struct BackwardKernel {
 
   NATTEN2_DEVICE static void run(const BackwardCall& call) {
     const Backward& args = call.args;
+    const Problem& problem = args.forward.problem;
     const Plan& plan = call.plan;
-    const Layout layout = make_layout(plan, kRowBytes, 2, kNumbers);
-    const Operands operands = find_operands(args, plan);
-    const int head = static_cast<int>(block_index() % operands.heads);
-    const uint32_t part = block_index() / operands.heads;
+    const Layout& layout = call.layout;
+    const int heads = kOwnsKeys ? problem.key_heads : problem.heads;
+    const int head = static_cast<int>(block_index() % heads);
+    const uint32_t part = block_index() / heads;
     auto* sums = reinterpret_cast<float*>(shared_memory() + layout.grad_bias);
     const bool sums_bias = !kOwnsKeys && plan.grad_tables > 0;
     if (!kOwnsKeys && args.forward.bias)
@@ -57,15 +53,12 @@ struct BackwardKernel {
                 args.forward.bias + static_cast<int64_t>(head) * plan.offsets, plan.offsets);
     if (sums_bias)
       for (int i = thread_index(); i < kWarps * plan.grad_tables * plan.offsets; i += kThreads) sums[i] = 0.0f;
-    for (uint32_t item = part; item < plan.items; item += plan.parts) {
-      const Tile tile = find_tile(args.forward.problem, plan, item);
-      if (tile.is_empty) continue;
-      gather(call, layout, operands, tile, head);
-      sync_block();
-    }
+    Owned& owned = *reinterpret_cast<Owned*>(shared_memory() + layout.tile);
+    for (uint32_t item = part; item < plan.items; item += plan.parts)
+      if (find_owned<kOwnsKeys>(problem, plan, item, owned)) gather(call, layout, owned, head);
     if (!sums_bias) return;
     sync_block();
-    float* out = args.grad_bias + (static_cast<int64_t>(part) * operands.heads + head) * plan.offsets;
+    float* out = args.grad_bias + (static_cast<int64_t>(part) * heads + head) * plan.offsets;
     for (int i = thread_index(); i < plan.offsets; i += kThreads) {
       float sum = 0.0f;
       for (int table = 0; table < kWarps * plan.grad_tables; ++table) sum += sums[table * plan.offsets + i];
@@ -74,81 +67,83 @@ struct BackwardKernel {
   }
 
  private:
-  NATTEN2_DEVICE static Operands find_operands(const Backward& args, const Plan& plan) {
-    const Forward& forward = args.forward;
-    const Problem& problem = forward.problem;
-    const int group = problem.heads / problem.key_heads;
-    if constexpr (kOwnsKeys) {
-      return {{plan.sees_all ? forward.additional_keys : forward.key,
-               plan.sees_all ? forward.additional_values : forward.value},
-              {forward.query, args.grad_output},
-              problem.key_heads,
-              group};
-    } else {
-      return {{forward.query, args.grad_output}, {forward.key, forward.value}, problem.heads, group};
-    }
+  // What the owner's rows are: `which` is 0 for those whose products are scores.
+  NATTEN2_DEVICE static View owned_rows(const BackwardCall& call, int which) {
+    const Forward& forward = call.args.forward;
+    if constexpr (!kOwnsKeys) return which ? call.args.grad_output : forward.query;
+    return which ? choose(call.plan.sees_all, forward.additional_values, forward.value)
+                 : choose(call.plan.sees_all, forward.additional_keys, forward.key);
   }
 
-  NATTEN2_DEVICE static void gather(const BackwardCall& call, const Layout& layout, const Operands& operands,
-                                    const Tile& tile, int head) {
+  // What they are multiplied with, and what is then summed.
+  NATTEN2_DEVICE static View partner_rows(const BackwardCall& call, int which, bool is_additional) {
+    const Forward& forward = call.args.forward;
+    if constexpr (kOwnsKeys) return which ? call.args.grad_output : forward.query;
+    return which ? choose(is_additional, forward.additional_values, forward.value)
+                 : choose(is_additional, forward.additional_keys, forward.key);
+  }
+
+  NATTEN2_DEVICE static int group(const Problem& problem) { return problem.heads / problem.key_heads; }
+
+  NATTEN2_DEVICE static int64_t row_offset(const View& view, const Owned& owned, int head, const Token& token) {
+    return head_offset(view, owned.tile.batch, head) + token_offset(view, owned.tile, token.position);
+  }
+
+  NATTEN2_DEVICE static void gather(const BackwardCall& call, const Layout& layout, const Owned& owned, int head) {
     const Backward& args = call.args;
     const Forward& forward = args.forward;
     const Problem& problem = forward.problem;
     const Plan& plan = call.plan;
     unsigned char* memory = shared_memory();
     auto* bias = forward.bias && !plan.sees_all ? reinterpret_cast<float*>(memory + layout.bias) : nullptr;
-    const int additional = kOwnsKeys ? 0 : problem.additional;
-    const Box box = cover<kOwnsKeys>(problem, plan, tile);
-    const Chunks chunks(plan, box, kOwnsKeys ? operands.group : 1, additional);
-    load_owned<Number, kChannels>(memory, operands.owned[0], plan, tile,
-                                  head_offset(operands.owned[0], tile.batch, head), problem.head_dim);
-    load_owned<Number, kChannels>(memory + layout.owned[1], operands.owned[1], plan, tile,
-                                  head_offset(operands.owned[1], tile.batch, head), problem.value_dim);
+    const Chunks chunks(plan, owned.partners, kOwnsKeys ? group(problem) : 1, kOwnsKeys ? 0 : problem.additional);
+    const int batch = owned.tile.batch;
+    NATTEN2_UNROLL
+    for (int which = 0; which < 2; ++which) {
+      const View rows = owned_rows(call, which);
+      load_owned<Number, kChannels>(memory + layout.owned[which], rows, owned, head_offset(rows, batch, head),
+                                    which ? problem.value_dim : problem.head_dim);
+    }
     // The head of a chunk's partners.
     const auto partner_head = [&](int step) {
-      return kOwnsKeys ? head * operands.group + chunks.member(step) : head / operands.group;
+      return kOwnsKeys ? head * group(problem) + chunks.member(step) : head / group(problem);
     };
     const auto load = [&](int step, unsigned char* stage) {
       const Box chunk = chunks.find(step);
       const Numbering numbering(chunk.size);
       const bool more = chunks.is_additional(step);
-      const View& first = more ? forward.additional_keys : operands.partners[0];
-      const View& second = more ? forward.additional_values : operands.partners[1];
       const int from = partner_head(step);
-      load_box<Number, kChannels>(stage, first, tile, chunk, numbering, head_offset(first, tile.batch, from),
-                                  problem.head_dim, more);
-      load_box<Number, kChannels>(stage + plan.chunk_rows * kRowBytes, second, tile, chunk, numbering,
-                                  head_offset(second, tile.batch, from), problem.value_dim, more);
+      NATTEN2_UNROLL
+      for (int which = 0; which < 2; ++which) {
+        const View rows = partner_rows(call, which, more);
+        load_box<Number, kChannels>(stage + which * plan.chunk_rows * kRowBytes, rows, owned.tile, chunk, numbering,
+                                    head_offset(rows, batch, from), which ? problem.value_dim : problem.head_dim, more);
+      }
       if constexpr (kOwnsKeys) {
         auto* numbers = reinterpret_cast<float*>(stage + 2 * plan.chunk_rows * kRowBytes);
-        load_numbers(numbers, forward.logsumexp, tile, chunk, numbering,
-                     head_offset(forward.logsumexp, tile.batch, from));
-        load_numbers(numbers + plan.chunk_rows, args.delta, tile, chunk, numbering,
-                     head_offset(args.delta, tile.batch, from));
+        load_numbers(numbers, forward.logsumexp, owned.tile, chunk, numbering,
+                     head_offset(forward.logsumexp, batch, from));
+        load_numbers(numbers + plan.chunk_rows, args.delta, owned.tile, chunk, numbering,
+                     head_offset(args.delta, batch, from));
       }
     };
 
-    const Owned owned = find_owned<kOwnsKeys>(problem, plan, tile);
-    uint32_t bias_strides[kAxes], offset[2];
-    find_bias_strides(problem, bias_strides);
-    const uint32_t own_offset = bias_offset(problem, bias_strides, owned.position, kOwnsKeys ? 1 : -1);
-    for (int half = 0; half < 2; ++half) offset[half] = shuffle(own_offset, lane_index() / 4 + 8 * half);
-    const Upstream upstream = load_upstream(args, tile, head, owned);
+    uint32_t offset[2];
+    find_bias_offsets(problem, owned, kOwnsKeys ? 1 : -1, offset);
+    const Upstream upstream = load_upstream(args, owned, head);
     auto* entries = reinterpret_cast<Entry*>(memory + layout.entries) + warp_index() * plan.chunk_rows;
     auto* rows = reinterpret_cast<uint16_t*>(memory + layout.rows) + warp_index() * plan.chunk_rows;
-    float* sums = reinterpret_cast<float*>(memory + layout.grad_bias) +
-                  warp_index() * plan.grad_tables * plan.offsets;
+    float* sums = reinterpret_cast<float*>(memory + layout.grad_bias) + warp_index() * plan.grad_tables * plan.offsets;
 
     State state;
     LeftRows left[2];
-    const int first_step = block_row() / kShares;
     bool is_clean = false;
     for (;;) {
       start(state);
       bool is_first = true;
       int bias_head = -1;
       for_each_chunk<Number>(
-          plan, layout, chunks.count(), first_step, plan.step_parts, is_clean, load,
+          plan, layout, chunks.count(), block_row() / kShares, plan.step_parts, is_clean, load,
           [&](int step, unsigned char* stage) {
             if (is_first) {
               left[0].start(memory);
@@ -161,29 +156,28 @@ struct BackwardKernel {
               load_bias(bias, forward.bias + static_cast<int64_t>(bias_head) * plan.offsets, plan.offsets);
               sync_block();
             }
-            const Portion portion(chunks.find(step), owned, more, bias_strides, kOwnsKeys ? -1 : 1, entries, rows);
+            const Portion portion(problem, chunks.find(step), owned, more, kOwnsKeys ? -1 : 1, entries, rows);
             visit(state, left, portion, stage, plan, offset, more ? nullptr : bias, upstream,
                   plan.grad_tables > 0 && !more && !is_clean ? sums : nullptr, problem);
           });
       if (is_clean || plan.sees_all || !any_of_block(has_nan(state))) break;
       is_clean = true;
     }
-    finish(call, layout, tile, head, state);
-    if (is_clean) gather_exactly(call, operands, tile, head, owned);
+    finish(call, layout, owned, head, state);
+    if (is_clean) gather_exactly(call, owned, head);
   }
 
-  NATTEN2_DEVICE static Upstream load_upstream(const Backward& args, const Tile& tile, int head, const Owned& owned) {
+  NATTEN2_DEVICE static Upstream load_upstream(const Backward& args, const Owned& owned, int head) {
     Upstream upstream = {};
     if constexpr (!kOwnsKeys) {
-      const View& logsumexp = args.forward.logsumexp;
-      const float own_logsumexp =
-          static_cast<const float*>(
-              logsumexp.data)[head_offset(logsumexp, tile.batch, head) + token_offset(logsumexp, tile, owned.position)];
-      const float own_delta = static_cast<const float*>(
-          args.delta.data)[head_offset(args.delta, tile.batch, head) + token_offset(args.delta, tile, owned.position)];
+      NATTEN2_UNROLL
       for (int half = 0; half < 2; ++half) {
-        upstream.logsumexp[half] = shuffle(own_logsumexp, lane_index() / 4 + 8 * half) * kLog2E;
-        upstream.delta[half] = shuffle(own_delta, lane_index() / 4 + 8 * half);
+        const Token& token = owned.tokens[warp_index() * kRows + lane_index() / 4 + 8 * half];
+        const auto number = [&](const View& view) {
+          return static_cast<const float*>(view.data)[row_offset(view, owned, head, token)];
+        };
+        upstream.logsumexp[half] = number(args.forward.logsumexp) * kLog2E;
+        upstream.delta[half] = number(args.delta);
       }
     }
     return upstream;
@@ -273,46 +267,44 @@ struct BackwardKernel {
     return result;
   }
 
-  NATTEN2_DEVICE static void finish(const BackwardCall& call, const Layout& layout, const Tile& tile, int head,
+  NATTEN2_DEVICE static void finish(const BackwardCall& call, const Layout& layout, const Owned& owned, int head,
                                     const State& state) {
     const Backward& args = call.args;
     const Problem& problem = args.forward.problem;
     const Plan& plan = call.plan;
     unsigned char* memory = shared_memory();
-    const int column = kShares == 1 ? 0 : block_row() % kShares * kColumns;
+    const int column = kShares == 1 ? 0 : block_row() % kShares * kColumns, batch = owned.tile.batch;
     const float scales[2] = {problem.scale, problem.scale}, ones[2] = {1.0f, 1.0f};
     if constexpr (!kOwnsKeys) {
-      store_owned<Number, kChannels, kColumns>(args.grad_query, plan, tile,
-                                               head_offset(args.grad_query, tile.batch, head), problem.head_dim,
-                                               column, state.first, scales, memory);
+      store_owned<Number, kChannels, kColumns>(args.grad_query, owned, head_offset(args.grad_query, batch, head),
+                                               problem.head_dim, column, state.first, scales, memory);
     } else if (plan.sees_all) {
       const int64_t tokens = static_cast<int64_t>(problem.batch) * problem.additional * problem.key_heads;
       const int64_t part = block_row() / kShares;
       float* values = args.grad_additional + tokens * plan.step_parts * problem.head_dim;
-      store_part(args.grad_additional + part * tokens * problem.head_dim, call, tile, head, problem.head_dim, column,
-                 state.first, problem.scale);
-      store_part(values + part * tokens * problem.value_dim, call, tile, head, problem.value_dim, column, state.second,
-                 1.0f);
+      store_part(args.grad_additional + part * tokens * problem.head_dim, problem, owned, head, problem.head_dim,
+                 column, state.first, problem.scale);
+      store_part(values + part * tokens * problem.value_dim, problem, owned, head, problem.value_dim, column,
+                 state.second, 1.0f);
     } else {
-      store_owned<Number, kChannels, kColumns>(args.grad_key, plan, tile, head_offset(args.grad_key, tile.batch, head),
+      store_owned<Number, kChannels, kColumns>(args.grad_key, owned, head_offset(args.grad_key, batch, head),
                                                problem.head_dim, column, state.first, scales, memory);
-      store_owned<Number, kChannels, kColumns>(args.grad_value, plan, tile,
-                                               head_offset(args.grad_value, tile.batch, head), problem.value_dim,
-                                               column, state.second, ones, memory + layout.owned[1]);
+      store_owned<Number, kChannels, kColumns>(args.grad_value, owned, head_offset(args.grad_value, batch, head),
+                                               problem.value_dim, column, state.second, ones,
+                                               memory + layout.owned[1]);
     }
   }
 
   // Writes a part of the sums of additional keys, [batch, additional, key heads, channels].
   template <int kTiles>
-  NATTEN2_DEVICE static void store_part(float* out, const BackwardCall& call, const Tile& tile, int head, int channels,
+  NATTEN2_DEVICE static void store_part(float* out, const Problem& problem, const Owned& owned, int head, int channels,
                                         int column, const float (&sum)[kTiles][4], float factor) {
-    const Problem& problem = call.args.forward.problem;
     NATTEN2_UNROLL
     for (int half = 0; half < 2; ++half) {
-      int position[kAxes];
-      if (!locate_owned(call.plan, tile, warp_index() * kRows + lane_index() / 4 + 8 * half, position)) continue;
-      const int64_t token = static_cast<int64_t>(tile.batch) * problem.additional + position[kAxes - 1];
-      float* row = out + (token * problem.key_heads + head) * channels;
+      const Token& token = owned.tokens[warp_index() * kRows + lane_index() / 4 + 8 * half];
+      if (!token.exists) continue;
+      const int64_t index = static_cast<int64_t>(owned.tile.batch) * problem.additional + token.position[kAxes - 1];
+      float* row = out + (index * problem.key_heads + head) * channels;
       NATTEN2_UNROLL
       for (int n = 0; n < kTiles; ++n)
         NATTEN2_UNROLL
@@ -324,24 +316,23 @@ struct BackwardKernel {
   }
 
   // The owners that see what isn't finite.
-  NATTEN2_DEVICE static void gather_exactly(const BackwardCall& call, const Operands& operands, const Tile& tile,
-                                            int head, const Owned& owned) {
+  NATTEN2_APART static void gather_exactly(const BackwardCall& call, const Owned& owned, int head) {
     using Row = Spread<Number, kChannels>;
     const Backward& args = call.args;
     const Forward& forward = args.forward;
     const Problem& problem = forward.problem;
+    const Tile& tile = owned.tile;
     const int column = kShares == 1 ? 0 : block_row() % kShares * kColumns;
     NATTEN2_ROLL
     for (int row = 0; row < kRows; ++row) {
-      const ExactToken token(owned, row);
+      const Token& token = owned.tokens[warp_index() * kRows + row];
       if (!token.exists) continue;
       Row own[2], partner[2], sum[2];
-      for (int i = 0; i < 2; ++i) {
-        own[i].load(operands.owned[i],
-                    head_offset(operands.owned[i], tile.batch, head) +
-                        token_offset(operands.owned[i], tile, token.position),
-                    i ? problem.value_dim : problem.head_dim);
-        sum[i].fill(0.0f);
+      NATTEN2_UNROLL
+      for (int which = 0; which < 2; ++which) {
+        const View rows = owned_rows(call, which);
+        own[which].load(rows, row_offset(rows, owned, head, token), which ? problem.value_dim : problem.head_dim);
+        sum[which].fill(0.0f);
       }
       bool sees_infinite = false;
       const auto visit = [&](const int(&query)[kAxes], int query_head, float bias) {
@@ -355,34 +346,39 @@ struct BackwardKernel {
         sum[0].add(partner[0], weight * (own[1].dot(partner[1]) - number(args.delta)));
         sum[1].add(partner[1], weight);
       };
-      for (int member = 0; member < (kOwnsKeys ? operands.group : 1); ++member) {
-        const int from = kOwnsKeys ? head * operands.group + member : head / operands.group;
+      NATTEN2_ROLL
+      for (int member = 0; member < (kOwnsKeys ? group(problem) : 1); ++member) {
+        const int from = kOwnsKeys ? head * group(problem) + member : head / group(problem);
         const int query_head = kOwnsKeys ? from : head;
         const float* bias =
             forward.bias ? forward.bias + static_cast<int64_t>(query_head) * call.plan.offsets : nullptr;
-        token.for_each_partner([&](const int(&at)[kAxes]) {
-          for (int i = 0; i < 2; ++i)
-            partner[i].load(operands.partners[i],
-                            head_offset(operands.partners[i], tile.batch, from) +
-                                token_offset(operands.partners[i], tile, at),
-                            i ? problem.value_dim : problem.head_dim);
+        for_each_partner(token, [&](const int(&at)[kAxes]) {
+          NATTEN2_UNROLL
+          for (int which = 0; which < 2; ++which) {
+            const View rows = partner_rows(call, which, false);
+            partner[which].load(rows, head_offset(rows, tile.batch, from) + token_offset(rows, tile, at),
+                                which ? problem.value_dim : problem.head_dim);
+          }
           const auto& query = kOwnsKeys ? at : token.position;
           const auto& key = kOwnsKeys ? token.position : at;
           visit(query, query_head, bias ? bias[exact_bias_offset(problem, query, key)] : 0.0f);
         });
       }
+      NATTEN2_ROLL
       for (int n = 0; n < (kOwnsKeys ? 0 : problem.additional); ++n) {
-        const View views[2] = {forward.additional_keys, forward.additional_values};
-        for (int i = 0; i < 2; ++i)
-          partner[i].load(
-              views[i], head_offset(views[i], tile.batch, head / operands.group) + n * views[i].axis[kAxes - 1],
-              i ? problem.value_dim : problem.head_dim);
+        NATTEN2_UNROLL
+        for (int which = 0; which < 2; ++which) {
+          const View rows = partner_rows(call, which, true);
+          partner[which].load(rows,
+                              head_offset(rows, tile.batch, head / group(problem)) + n * rows.axis[kAxes - 1],
+                              which ? problem.value_dim : problem.head_dim);
+        }
         visit(token.position, head, 0.0f);
       }
       if (!any_of_warp(sees_infinite)) continue;
       const auto store = [&](const View& view, const Row& result, int channels, float factor) {
-        result.store(view, head_offset(view, tile.batch, head) + token_offset(view, tile, token.position), column,
-                     smaller<int>(column + kColumns, channels), factor);
+        result.store(view, row_offset(view, owned, head, token), column, smaller<int>(column + kColumns, channels),
+                     factor);
       };
       store(kOwnsKeys ? args.grad_key : args.grad_query, sum[0], problem.head_dim, problem.scale);
       if (kOwnsKeys) store(args.grad_value, sum[1], problem.value_dim, 1.0f);

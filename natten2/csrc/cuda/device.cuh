@@ -6,17 +6,21 @@
 
 #ifdef __CUDACC__
 #define NATTEN2_DEVICE __device__ __forceinline__
+#define NATTEN2_APART __device__ __noinline__
 #define NATTEN2_KERNEL __global__
 #define NATTEN2_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define NATTEN2_CONSTANT const __grid_constant__
 #define NATTEN2_UNROLL _Pragma("unroll")
+#define NATTEN2_UNROLL_SOME _Pragma("unroll 2")
 #define NATTEN2_ROLL _Pragma("unroll 1")
 #else
 #define NATTEN2_DEVICE inline
+#define NATTEN2_APART inline
 #define NATTEN2_KERNEL
 #define NATTEN2_BOUNDS(threads, blocks)
 #define NATTEN2_CONSTANT const
 #define NATTEN2_UNROLL
+#define NATTEN2_UNROLL_SOME
 #define NATTEN2_ROLL
 #include "emulation.h"
 #endif

@@ -65,35 +65,20 @@ struct Spread {
   }
 };
 
-// One of a warp's tokens, known to all lanes.
-struct ExactToken {
-  bool exists;
-  int position[kAxes], begin[kAxes], end[kAxes];
-
-  NATTEN2_DEVICE ExactToken(const Owned& owned, int row) {
-    exists = shuffle(static_cast<int>(owned.exists), row);
-    NATTEN2_UNROLL
-    for (int axis = 0; axis < kAxes; ++axis) {
-      position[axis] = shuffle(owned.position[axis], row);
-      begin[axis] = shuffle(owned.begin[axis], row);
-      end[axis] = shuffle(owned.end[axis], row);
-    }
-  }
-
-  // Calls `visit` with the position of each partner.
-  template <class Visit>
-  NATTEN2_DEVICE void for_each_partner(const Visit& visit) const {
-    int at[kAxes];
-    for (at[0] = begin[0]; at[0] < end[0]; ++at[0])
-      for (at[1] = begin[1]; at[1] < end[1]; ++at[1])
-        for (at[2] = begin[2]; at[2] < end[2]; ++at[2]) visit(at);
-  }
-};
+// Calls `visit` with the position of each partner of a token.
+template <class Visit>
+NATTEN2_DEVICE void for_each_partner(const Token& token, const Visit& visit) {
+  int at[kAxes];
+  for (at[0] = token.begin[0]; at[0] < token.end[0]; ++at[0])
+    for (at[1] = token.begin[1]; at[1] < token.end[1]; ++at[1])
+      for (at[2] = token.begin[2]; at[2] < token.end[2]; ++at[2]) visit(at);
+}
 
 // Index of a pair's bias.
 NATTEN2_DEVICE uint32_t exact_bias_offset(const Problem& problem, const int (&query)[kAxes], const int (&key)[kAxes]) {
   uint32_t strides[kAxes], offset = 0;
   find_bias_strides(problem, strides);
+  NATTEN2_UNROLL
   for (int axis = 0; axis < kAxes; ++axis)
     offset += static_cast<uint32_t>(key[axis] - query[axis] + problem.axes[axis].kernel_size - 1) * strides[axis];
   return offset;

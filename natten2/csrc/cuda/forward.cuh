@@ -8,13 +8,14 @@ namespace natten2::cuda {
 struct ForwardCall {
   Forward args;
   Plan plan;
+  Layout layout;
 };
 
 template <class Number, int kChannels>
 struct ForwardKernel {
   static constexpr int kRowBytes = kChannels * Number::kBytes;
   // For more blocks at once, where registers suffice for it.
-  static constexpr int kBlocks = kRowBytes <= 64 ? 5 : kRowBytes <= 128 ? 4 : kRowBytes <= 256 ? 3 : 1;
+  static constexpr int kBlocks = kRowBytes <= 64 ? 5 : kRowBytes <= 256 ? 3 : 1;
 
   struct State {
     float sum[kChannels / 8][4];
@@ -26,58 +27,48 @@ struct ForwardKernel {
     const Forward& args = call.args;
     const Problem& problem = args.problem;
     const Plan& plan = call.plan;
-    const Layout layout = make_layout(plan, kRowBytes, 1, 0);
+    const Layout& layout = call.layout;
     unsigned char* memory = shared_memory();
     auto* bias = reinterpret_cast<float*>(memory + layout.bias);
     const int head = static_cast<int>(block_index() % problem.heads);
     if (args.bias) load_bias(bias, args.bias + static_cast<int64_t>(head) * plan.offsets, plan.offsets);
-    for (uint32_t item = block_index() / problem.heads; item < plan.items; item += plan.parts) {
-      const Tile tile = find_tile(problem, plan, item);
-      if (tile.is_empty) continue;
-      attend(call, layout, tile, head, args.bias ? bias : nullptr);
-      // The next tile's rows take the place of those that other warps may still be storing.
-      sync_block();
-    }
+    Owned& owned = *reinterpret_cast<Owned*>(memory + layout.tile);
+    for (uint32_t item = block_index() / problem.heads; item < plan.items; item += plan.parts)
+      if (find_owned<false>(problem, plan, item, owned)) attend(call, layout, owned, head, args.bias ? bias : nullptr);
   }
 
  private:
-  NATTEN2_DEVICE static void attend(const ForwardCall& call, const Layout& layout, const Tile& tile, int head,
+  using LeftRows = Left<Number, kChannels, kRowBytes <= 128>;
+
+  NATTEN2_DEVICE static void attend(const ForwardCall& call, const Layout& layout, const Owned& owned, int head,
                                     const float* bias) {
     const Forward& args = call.args;
     const Problem& problem = args.problem;
     const Plan& plan = call.plan;
     unsigned char* memory = shared_memory();
     const int key_head = head / (problem.heads / problem.key_heads);
-    const int64_t query = head_offset(args.query, tile.batch, head);
-    const int64_t key = head_offset(args.key, tile.batch, key_head);
-    const int64_t value = head_offset(args.value, tile.batch, key_head);
-    const int64_t more_keys = head_offset(args.additional_keys, tile.batch, key_head);
-    const int64_t more_values = head_offset(args.additional_values, tile.batch, key_head);
-
-    const Box box = cover<false>(problem, plan, tile);
-    const Chunks chunks(plan, box, 1, problem.additional);
-    load_owned<Number, kChannels>(memory, args.query, plan, tile, query, problem.head_dim);
+    const Chunks chunks(plan, owned.partners, 1, problem.additional);
+    load_owned<Number, kChannels>(memory, args.query, owned, head_offset(args.query, owned.tile.batch, head),
+                                  problem.head_dim);
     const auto load = [&](int step, unsigned char* stage) {
       const Box chunk = chunks.find(step);
       const Numbering numbering(chunk.size);
-      unsigned char* values = stage + plan.chunk_rows * kRowBytes;
       const bool more = chunks.is_additional(step);
-      load_box<Number, kChannels>(stage, more ? args.additional_keys : args.key, tile, chunk, numbering,
-                                  more ? more_keys : key, problem.head_dim, more);
-      load_box<Number, kChannels>(values, more ? args.additional_values : args.value, tile, chunk, numbering,
-                                  more ? more_values : value, problem.value_dim, more);
+      const View key = choose(more, args.additional_keys, args.key);
+      load_box<Number, kChannels>(stage, key, owned.tile, chunk, numbering,
+                                  head_offset(key, owned.tile.batch, key_head), problem.head_dim, more);
+      const View value = choose(more, args.additional_values, args.value);
+      load_box<Number, kChannels>(stage + plan.chunk_rows * kRowBytes, value, owned.tile, chunk, numbering,
+                                  head_offset(value, owned.tile.batch, key_head), problem.value_dim, more);
     };
 
-    const Owned owned = find_owned<false>(problem, plan, tile);
-    uint32_t bias_strides[kAxes], offset[2];
-    find_bias_strides(problem, bias_strides);
-    const uint32_t own_offset = bias_offset(problem, bias_strides, owned.position, -1);
-    for (int half = 0; half < 2; ++half) offset[half] = shuffle(own_offset, lane_index() / 4 + 8 * half);
+    uint32_t offset[2];
+    find_bias_offsets(problem, owned, -1, offset);
     auto* entries = reinterpret_cast<Entry*>(memory + layout.entries) + warp_index() * plan.chunk_rows;
     auto* rows = reinterpret_cast<uint16_t*>(memory + layout.rows) + warp_index() * plan.chunk_rows;
 
     State state;
-    Left<Number, kChannels, kRowBytes <= 256> left;
+    LeftRows left;
     bool is_clean = false;
     for (;;) {
       start(state);
@@ -86,14 +77,14 @@ struct ForwardKernel {
         if (is_first) left.start(memory);
         is_first = false;
         const bool more = chunks.is_additional(step);
-        const Portion portion(chunks.find(step), owned, more, bias_strides, 1, entries, rows);
+        const Portion portion(problem, chunks.find(step), owned, more, 1, entries, rows);
         visit(state, left, portion, stage, stage + plan.chunk_rows * kRowBytes, offset, more ? nullptr : bias, problem);
       });
       if (is_clean || !any_of_block(has_nan(state))) break;
       is_clean = true;
     }
-    finish(call, tile, head, owned, state, memory);
-    if (is_clean) attend_exactly(call, tile, head, owned);
+    finish(args, owned, head, state, memory);
+    if (is_clean) attend_exactly(call, owned, head);
   }
 
   NATTEN2_DEVICE static void start(State& state) {
@@ -107,8 +98,7 @@ struct ForwardKernel {
     }
   }
 
-  NATTEN2_DEVICE static void visit(State& state, const Left<Number, kChannels, kRowBytes <= 256>& left,
-                                   const Portion& portion, unsigned char* keys, unsigned char* values,
+  NATTEN2_DEVICE static void visit(State& state, const LeftRows& left, const Portion& portion, unsigned char* keys, unsigned char* values,
                                    const uint32_t (&offset)[2], const float* bias, const Problem& problem) {
     const float scale = problem.scale * kLog2E;
     NATTEN2_ROLL
@@ -169,9 +159,8 @@ struct ForwardKernel {
     return result;
   }
 
-  NATTEN2_DEVICE static void finish(const ForwardCall& call, const Tile& tile, int head, const Owned& owned,
-                                    State& state, unsigned char* memory) {
-    const Forward& args = call.args;
+  NATTEN2_DEVICE static void finish(const Forward& args, const Owned& owned, int head, State& state,
+                                    unsigned char* memory) {
     float factor[2];
     NATTEN2_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -179,29 +168,26 @@ struct ForwardKernel {
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
       factor[half] = 1.0f / total;
-      state.total[half] = (state.peak[half] + logarithm(total)) * kLn2;
+      const Token& token = owned.tokens[warp_index() * kRows + lane_index() / 4 + 8 * half];
+      if (token.exists && lane_index() % 4 == 0)
+        static_cast<float*>(args.logsumexp.data)[head_offset(args.logsumexp, owned.tile.batch, head) +
+                                                 token_offset(args.logsumexp, owned.tile, token.position)] =
+            (state.peak[half] + logarithm(total)) * kLn2;
     }
-    store_owned<Number, kChannels, kChannels>(args.output, call.plan, tile,
-                                              head_offset(args.output, tile.batch, head), args.problem.value_dim, 0,
-                                              state.sum, factor, memory);
-    // Lane r holds where row r is, and lane 4 * (r % 8) its log-sum-exp.
-    const int from = lane_index() % 8 * 4;
-    const float lower = shuffle(state.total[0], from), upper = shuffle(state.total[1], from);
-    if (lane_index() < kRows && owned.exists)
-      static_cast<float*>(args.logsumexp.data)[head_offset(args.logsumexp, tile.batch, head) +
-                                               token_offset(args.logsumexp, tile, owned.position)] =
-          lane_index() < 8 ? lower : upper;
+    store_owned<Number, kChannels, kChannels>(args.output, owned, head_offset(args.output, owned.tile.batch, head),
+                                              args.problem.value_dim, 0, state.sum, factor, memory);
   }
 
   // The queries that see what isn't finite.
-  NATTEN2_DEVICE static void attend_exactly(const ForwardCall& call, const Tile& tile, int head, const Owned& owned) {
+  NATTEN2_APART static void attend_exactly(const ForwardCall& call, const Owned& owned, int head) {
     const Forward& args = call.args;
+    const Tile& tile = owned.tile;
     const Problem& problem = args.problem;
     const int key_head = head / (problem.heads / problem.key_heads);
     const float* bias = args.bias ? args.bias + static_cast<int64_t>(head) * call.plan.offsets : nullptr;
     NATTEN2_ROLL
     for (int row = 0; row < kRows; ++row) {
-      const ExactToken token(owned, row);
+      const Token& token = owned.tokens[warp_index() * kRows + row];
       if (!token.exists) continue;
       Spread<Number, kChannels> query, key, value, sum;
       query.load(args.query,
@@ -220,7 +206,7 @@ struct ForwardKernel {
         total = total * shrink + weight;
         peak = higher;
       };
-      token.for_each_partner([&](const int(&at)[kAxes]) {
+      for_each_partner(token, [&](const int(&at)[kAxes]) {
         key.load(args.key, head_offset(args.key, tile.batch, key_head) + token_offset(args.key, tile, at),
                  problem.head_dim);
         value.load(args.value, head_offset(args.value, tile.batch, key_head) + token_offset(args.value, tile, at),

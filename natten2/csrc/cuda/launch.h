@@ -5,10 +5,12 @@
 
 #include "backward.cuh"
 #include "forward.cuh"
-#include "kernels.h"
 #include "plan.h"
 
 namespace natten2::cuda {
+
+// Null, or what went wrong.
+using Failure = const char*;
 
 constexpr Failure kDoesNotFit = "the problem does not fit into the kernels' shared memory";
 
@@ -53,19 +55,20 @@ template <class Number, int kChannels>
 Failure run_forward(const Forward& args, void* stream) {
   using Kernel = ForwardKernel<Number, kChannels>;
   const Problem& problem = args.problem;
-  ForwardCall call = {args, {}};
+  ForwardCall call = {args, {}, {}};
   const int offsets = args.bias ? offset_count(problem) : 0;
   if (!make_plan(problem, {Owner::kQueries, Kernel::kRowBytes, 1, 0, offsets, false}, call.plan)) return kDoesNotFit;
   call.plan.parts = count_parts(call.plan, problem.heads);
-  const int bytes = make_layout(call.plan, Kernel::kRowBytes, 1, 0).total;
-  return start_kernel(forward_kernel<Number, kChannels>, call.plan.parts * problem.heads, 1, bytes, stream, call);
+  call.layout = make_layout(call.plan, Kernel::kRowBytes, 1, 0);
+  return start_kernel(forward_kernel<Number, kChannels>, call.plan.parts * problem.heads, 1, call.layout.total, stream,
+                      call);
 }
 
 template <class Number, int kChannels, bool kOwnsKeys>
 Failure run_gather(const Backward& args, Owner owner, void* stream) {
   using Kernel = BackwardKernel<Number, kChannels, kOwnsKeys>;
   const Problem& problem = args.forward.problem;
-  BackwardCall call = {args, {}};
+  BackwardCall call = {args, {}, {}};
   Plan& plan = call.plan;
   const bool sums_bias = owner == Owner::kQueries && args.grad_bias;
   const int offsets = args.forward.bias && owner != Owner::kAdditional ? offset_count(problem) : 0;
@@ -74,9 +77,9 @@ Failure run_gather(const Backward& args, Owner owner, void* stream) {
   const int heads = kOwnsKeys ? problem.key_heads : problem.heads;
   plan.parts = sums_bias ? args.bias_parts : count_parts(plan, heads);
   if (plan.sees_all) plan.step_parts = args.additional_parts;
-  const int bytes = make_layout(plan, Kernel::kRowBytes, 2, Kernel::kNumbers).total;
+  call.layout = make_layout(plan, Kernel::kRowBytes, 2, Kernel::kNumbers);
   return start_kernel(backward_kernel<Number, kChannels, kOwnsKeys>, plan.parts * heads,
-                      Kernel::kShares * plan.step_parts, bytes, stream, call);
+                      Kernel::kShares * plan.step_parts, call.layout.total, stream, call);
 }
 
 template <class Number, int kChannels>

@@ -17,6 +17,7 @@ struct Layout {
   int32_t stage[2];  // partners of the first stage, in two tensors
   int32_t numbers;   // after them, in each stage
   int32_t stage_bytes;
+  int32_t tile;  // Owned
   int32_t entries;
   int32_t rows;
   int32_t bias;
@@ -31,7 +32,8 @@ NATTEN2_HOST_DEVICE constexpr Layout make_layout(const Plan& plan, int row_bytes
   layout.stage[1] = layout.stage[0] + plan.chunk_rows * row_bytes;
   layout.numbers = layout.stage[1] + plan.chunk_rows * row_bytes;
   layout.stage_bytes = 2 * plan.chunk_rows * row_bytes + numbers * plan.chunk_rows * 4;
-  layout.entries = layout.stage[0] + plan.stages * layout.stage_bytes;
+  layout.tile = layout.stage[0] + plan.stages * layout.stage_bytes;
+  layout.entries = layout.tile + (static_cast<int>(sizeof(Owned)) + kPieceBytes - 1) / kPieceBytes * kPieceBytes;
   layout.rows = layout.entries + kWarps * plan.chunk_rows * static_cast<int>(sizeof(Entry));
   layout.bias = layout.rows + kWarps * plan.chunk_rows * static_cast<int>(sizeof(uint16_t));
   layout.grad_bias = layout.bias + plan.offsets * 4;
@@ -95,11 +97,14 @@ class Left {
     for (int j = 0; j < 2; ++j)
       NATTEN2_UNROLL
       for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
-    NATTEN2_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kInRegisters) {
+    if constexpr (kInRegisters) {
+      NATTEN2_UNROLL
+      for (int step = 0; step < kSteps; ++step)
         Number::template add_scores<kRowBytes>(score, held_[step], rows, partners, step, is_exact);
-      } else {
+    } else {
+      // All at once would load more than there are registers for.
+      NATTEN2_UNROLL_SOME
+      for (int step = 0; step < kSteps; ++step) {
         uint32_t left[4];
         Number::template load_left<kRowBytes>(left, rows_, step);
         Number::template add_scores<kRowBytes>(score, left, rows, partners, step, is_exact);
@@ -112,24 +117,30 @@ class Left {
   unsigned char* rows_;
 };
 
-// How much an offset along each axis adds to the index of a head's bias.
-NATTEN2_DEVICE void find_bias_strides(const Problem& problem, uint32_t (&strides)[kAxes]) {
-  uint32_t stride = 1;
+// What owned tokens lane / 4 and lane / 4 + 8 add to the index of a pair's bias; `sign` is 1 for keys and -1 for queries.
+NATTEN2_DEVICE void find_bias_offsets(const Problem& problem, const Owned& owned, int sign, uint32_t (&offset)[2]) {
+  uint32_t strides[kAxes];
+  find_bias_strides(problem, strides);
   NATTEN2_UNROLL
-  for (int axis = kAxes - 1; axis >= 0; --axis) {
-    strides[axis] = stride;
-    stride *= 2 * problem.axes[axis].kernel_size - 1;
+  for (int half = 0; half < 2; ++half) {
+    const Token& token = owned.tokens[warp_index() * kRows + lane_index() / 4 + 8 * half];
+    offset[half] = 0;
+    NATTEN2_UNROLL
+    for (int axis = 0; axis < kAxes; ++axis)
+      offset[half] +=
+          static_cast<uint32_t>(problem.axes[axis].kernel_size - 1 + sign * token.position[axis]) * strides[axis];
   }
 }
 
-// What an owned token adds to the index of a pair's bias; `sign` is 1 for keys and -1 for queries.
-NATTEN2_DEVICE uint32_t bias_offset(const Problem& problem, const uint32_t (&strides)[kAxes],
-                                    const int (&position)[kAxes], int sign) {
-  uint32_t offset = 0;
+// One of two tensors. A reference to one that is chosen at run time would have to be in memory.
+NATTEN2_DEVICE View choose(bool condition, const View& first, const View& second) {
+  View view;
+  view.data = condition ? first.data : second.data;
+  view.batch = condition ? first.batch : second.batch;
   NATTEN2_UNROLL
-  for (int axis = 0; axis < kAxes; ++axis)
-    offset += static_cast<uint32_t>(problem.axes[axis].kernel_size - 1 + sign * position[axis]) * strides[axis];
-  return offset;
+  for (int axis = 0; axis < kAxes; ++axis) view.axis[axis] = condition ? first.axis[axis] : second.axis[axis];
+  view.head = condition ? first.head : second.head;
+  return view;
 }
 
 // Copies a head's bias to shared memory, in base 2.

@@ -67,7 +67,7 @@ class Numbering {
   uint32_t by_height_, by_width_;
 };
 
-// A block's tile; the same for all its threads.
+// A block's tile.
 struct Tile {
   int batch;
   int group[kAxes];
@@ -77,10 +77,27 @@ struct Tile {
   bool is_empty;
 };
 
-NATTEN2_DEVICE int block_side(const Plan& plan, int axis) { return 1 << (plan.warp_tile[axis] + plan.warps[axis]); }
+// A token that a block owns, and the partners that it sees along each axis.
+struct Token {
+  int position[kAxes];
+  int begin[kAxes];
+  int end[kAxes];
+  bool exists;
+};
 
-NATTEN2_DEVICE Tile find_tile(const Problem& problem, const Plan& plan, uint32_t item) {
+// What the block's threads know of its tile, in shared memory, for registers are few.
+struct Owned {
   Tile tile;
+  Box partners;                 // of all tokens
+  Box partners_of_warp[kWarps];  // of a warp's; empty where it has none
+  Token tokens[kOwned];
+};
+
+NATTEN2_HOST_DEVICE inline int block_side(const Plan& plan, int axis) {
+  return 1 << (plan.warp_tile[axis] + plan.warps[axis]);
+}
+
+NATTEN2_DEVICE void find_tile(const Problem& problem, const Plan& plan, uint32_t item, Tile& tile) {
   tile.is_empty = false;
   NATTEN2_UNROLL
   for (int axis = kAxes - 1; axis >= 0; --axis) {
@@ -96,7 +113,6 @@ NATTEN2_DEVICE Tile find_tile(const Problem& problem, const Plan& plan, uint32_t
     tile.is_empty |= tile.first[axis] >= tile.length[axis];
   }
   tile.batch = static_cast<int>(item);
-  return tile;
 }
 
 template <bool kOwnsKeys>
@@ -112,20 +128,33 @@ NATTEN2_DEVICE BasicInterval<int> partner_bounds(const Problem& problem, const P
 
 // The partners of all tokens of a tile.
 template <bool kOwnsKeys>
-NATTEN2_DEVICE Box cover(const Problem& problem, const Plan& plan, const Tile& tile) {
-  Box box;
+NATTEN2_DEVICE void find_partners(const Problem& problem, const Plan& plan, const Tile& tile, Box& box) {
   NATTEN2_UNROLL
   for (int axis = 0; axis < kAxes; ++axis) {
     const int last = smaller<int>(tile.first[axis] + block_side(plan, axis), tile.length[axis]) - 1;
     box.begin[axis] = partner_bounds<kOwnsKeys>(problem, plan, tile, axis, tile.first[axis]).begin;
     box.size[axis] = partner_bounds<kOwnsKeys>(problem, plan, tile, axis, last).end - box.begin[axis];
   }
-  return box;
 }
 
-// Where a block's token lies: `index` is warp * 16 + row.
-NATTEN2_DEVICE bool locate_owned(const Plan& plan, const Tile& tile, int index, int (&position)[kAxes]) {
-  int row = index % kRows, warp = index / kRows;
+// Finds a block's tile, and what its tokens see. Returns whether there are any.
+template <bool kOwnsKeys>
+NATTEN2_DEVICE bool find_owned(const Problem& problem, const Plan& plan, uint32_t item, Owned& owned) {
+  // The tokens of the tile before may still be in use.
+  sync_block();
+  if (thread_index() == 0) {
+    find_tile(problem, plan, item, owned.tile);
+    if (!owned.tile.is_empty) find_partners<kOwnsKeys>(problem, plan, owned.tile, owned.partners);
+  }
+  sync_block();
+  const Tile& tile = owned.tile;
+  if (tile.is_empty) return false;
+  // Both halves of a warp compute the same, so that all lanes take part in its reductions; one half writes.
+  int row = lane_index() % kRows, warp = warp_index();
+  const bool writes = lane_index() < kRows;
+  Token& token = owned.tokens[warp_index() * kRows + row];
+  Box& box = owned.partners_of_warp[warp_index()];
+  int position[kAxes];
   bool exists = true;
   NATTEN2_UNROLL
   for (int axis = kAxes - 1; axis >= 0; --axis) {
@@ -137,33 +166,24 @@ NATTEN2_DEVICE bool locate_owned(const Plan& plan, const Tile& tile, int index, 
     // One that isn't there is its last neighbor, and sees nothing.
     position[axis] = smaller<int>(position[axis], tile.length[axis] - 1);
   }
-  return exists;
-}
-
-// Token lane % 16 of this lane's warp, and what all of the warp's tokens see.
-struct Owned {
-  int position[kAxes];
-  bool exists;
-  int begin[kAxes];
-  int end[kAxes];
-  Box box;
-};
-
-template <bool kOwnsKeys>
-NATTEN2_DEVICE Owned find_owned(const Problem& problem, const Plan& plan, const Tile& tile) {
-  Owned owned;
-  owned.exists = locate_owned(plan, tile, warp_index() * kRows + lane_index() % kRows, owned.position);
+  if (writes) token.exists = exists;
   NATTEN2_UNROLL
   for (int axis = 0; axis < kAxes; ++axis) {
-    const auto bounds = partner_bounds<kOwnsKeys>(problem, plan, tile, axis, owned.position[axis]);
-    owned.begin[axis] = bounds.begin;
-    owned.end[axis] = bounds.end;
-    const int begin = smallest_of_warp(owned.exists ? bounds.begin : INT32_MAX);
-    const int end = largest_of_warp(owned.exists ? bounds.end : 0);
-    owned.box.begin[axis] = begin;
-    owned.box.size[axis] = larger<int>(end - smaller<int>(begin, end), 0);
+    const auto bounds = partner_bounds<kOwnsKeys>(problem, plan, tile, axis, position[axis]);
+    const int begin = smallest_of_warp(exists ? bounds.begin : INT32_MAX);
+    const int end = largest_of_warp(exists ? bounds.end : 0);
+    if (writes) {
+      token.position[axis] = position[axis];
+      token.begin[axis] = bounds.begin;
+      token.end[axis] = bounds.end;
+    }
+    if (lane_index() == 0) {
+      box.begin[axis] = begin;
+      box.size[axis] = larger<int>(end - smaller<int>(begin, end), 0);
+    }
   }
-  return owned;
+  sync_warp();
+  return true;
 }
 
 // The chunks of a tile: boxes of partners for each head that takes part, then those of additional keys.
@@ -205,6 +225,16 @@ class Chunks {
   int count_[kAxes];
 };
 
+// How much an offset along each axis adds to the index of a head's bias.
+NATTEN2_DEVICE void find_bias_strides(const Problem& problem, uint32_t (&strides)[kAxes]) {
+  uint32_t stride = 1;
+  NATTEN2_UNROLL
+  for (int axis = kAxes - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= 2 * problem.axes[axis].kernel_size - 1;
+  }
+}
+
 // What a warp has to know of a partner, at hand for every lane.
 struct Entry {
   uint32_t place;   // inside the warp's part of the chunk
@@ -215,46 +245,51 @@ struct Entry {
 class Portion {
  public:
   // `sign` is 1 where partners are keys, and -1 where they are queries.
-  NATTEN2_DEVICE Portion(const Box& chunk, const Owned& owned, bool is_additional, const uint32_t (&bias)[kAxes],
-                         int sign, Entry* entries, uint16_t* rows)
+  NATTEN2_DEVICE Portion(const Problem& problem, const Box& chunk, const Owned& owned, bool is_additional, int sign,
+                         Entry* entries, uint16_t* rows)
       : entries_(entries), rows_(rows) {
+    const Box& seen = owned.partners_of_warp[warp_index()];
+    Box box;
     NATTEN2_UNROLL
     for (int axis = 0; axis < kAxes; ++axis) {
-      box_.begin[axis] = is_additional ? chunk.begin[axis] : larger<int>(chunk.begin[axis], owned.box.begin[axis]);
-      const int end = chunk.begin[axis] + chunk.size[axis], own_end = owned.box.begin[axis] + owned.box.size[axis];
-      box_.size[axis] = larger<int>((is_additional ? end : smaller<int>(end, own_end)) - box_.begin[axis], 0);
+      box.begin[axis] = is_additional ? chunk.begin[axis] : larger<int>(chunk.begin[axis], seen.begin[axis]);
+      const int end = chunk.begin[axis] + chunk.size[axis], own_end = seen.begin[axis] + seen.size[axis];
+      box.size[axis] = larger<int>((is_additional ? end : smaller<int>(end, own_end)) - box.begin[axis], 0);
     }
-    count_ = owned.box.size[0] > 0 ? box_.count() : 0;
+    count_ = seen.size[0] > 0 ? box.count() : 0;
     if (count_ == 0) return;
-    const Numbering numbering(box_.size);
-    const int first = row_of(chunk, 0, 0, 0);
+    const Numbering numbering(box.size);
+    uint32_t bias[kAxes];
+    find_bias_strides(problem, bias);
+    const int first = row_of(chunk, box, 0, 0, 0), padded = (count_ + kRows - 1) / kRows * kRows;
     NATTEN2_ROLL
-    for (int n = lane_index(); n < padded(); n += kLanes) {
+    for (int n = lane_index(); n < padded; n += kLanes) {
       Entry entry = {kNowhere, 0};
       int row = first;
       if (n < count_) {
         int at[kAxes];
         numbering.find(n, at);
-        row = row_of(chunk, at[0], at[1], at[2]);
+        row = row_of(chunk, box, at[0], at[1], at[2]);
         entry.place = static_cast<uint32_t>(at[0]) << 2 * kField | static_cast<uint32_t>(at[1]) << kField |
                       static_cast<uint32_t>(at[2]);
         NATTEN2_UNROLL
         for (int axis = 0; axis < kAxes; ++axis)
-          entry.offset += static_cast<uint32_t>(sign * (box_.begin[axis] + at[axis])) * bias[axis];
+          entry.offset += static_cast<uint32_t>(sign * (box.begin[axis] + at[axis])) * bias[axis];
       }
       entries_[n] = entry;
       rows_[n] = static_cast<uint16_t>(row);
     }
     // An owned token sees the places from begin to end along each axis: `place + above_begin` and `below_end - place`
     // leave all guards standing.
+    const Token& token = owned.tokens[warp_index() * kRows + lane_index() % kRows];
     uint32_t above_begin = 0, below_end = 0;
     NATTEN2_UNROLL
     for (int axis = 0; axis < kAxes; ++axis) {
-      const int size = box_.size[axis];
-      int begin = smaller<int>(larger<int>(owned.begin[axis] - box_.begin[axis], 0), size);
-      int end = smaller<int>(larger<int>(owned.end[axis] - box_.begin[axis], 0), size);
+      const int size = box.size[axis];
+      int begin = smaller<int>(larger<int>(token.begin[axis] - box.begin[axis], 0), size);
+      int end = smaller<int>(larger<int>(token.end[axis] - box.begin[axis], 0), size);
       if (is_additional) begin = 0, end = size;
-      if (!owned.exists) end = 0;
+      if (!token.exists) end = 0;
       above_begin = above_begin << kField | static_cast<uint32_t>(kMostChunkSide + 1 - begin);
       below_end = below_end << kField | static_cast<uint32_t>(kMostChunkSide + end);
     }
@@ -282,16 +317,13 @@ class Portion {
   }
 
  private:
-  NATTEN2_DEVICE int padded() const { return (count_ + kRows - 1) / kRows * kRows; }
-
-  NATTEN2_DEVICE int row_of(const Box& chunk, int z, int y, int x) const {
-    return ((box_.begin[0] - chunk.begin[0] + z) * chunk.size[1] + box_.begin[1] - chunk.begin[1] + y) * chunk.size[2] +
-           box_.begin[2] - chunk.begin[2] + x;
+  NATTEN2_DEVICE static int row_of(const Box& chunk, const Box& box, int z, int y, int x) {
+    return ((box.begin[0] - chunk.begin[0] + z) * chunk.size[1] + box.begin[1] - chunk.begin[1] + y) * chunk.size[2] +
+           box.begin[2] - chunk.begin[2] + x;
   }
 
   Entry* entries_;
   uint16_t* rows_;
-  Box box_;
   int count_;
   uint32_t above_begin_[2], below_end_[2];
 };
@@ -348,19 +380,16 @@ NATTEN2_DEVICE void load_numbers(float* numbers, const View& view, const Tile& t
   }
 }
 
-// Starts to load the rows that a block owns.
+// Starts to load the rows that a warp owns.
 template <class Number, int kChannels>
-NATTEN2_DEVICE void load_owned(unsigned char* rows, const View& view, const Plan& plan, const Tile& tile, int64_t head,
-                               int channels) {
+NATTEN2_DEVICE void load_owned(unsigned char* rows, const View& view, const Owned& owned, int64_t head, int channels) {
   constexpr int kRowBytes = kChannels * Number::kBytes, kPieces = kRowBytes / kPieceBytes;
-  const int piece = thread_index() % kPieces;
-  const bool is_there = piece * kPieceBytes < channels * Number::kBytes;
   const auto* from = static_cast<const unsigned char*>(view.data) + head * Number::kBytes;
   NATTEN2_ROLL
-  for (int row = thread_index() / kPieces; row < kOwned; row += kThreads / kPieces) {
-    int position[kAxes];
-    locate_owned(plan, tile, row, position);
-    const int64_t offset = token_offset(view, tile, position) * Number::kBytes;
+  for (int i = lane_index(); i < kRows * kPieces; i += kLanes) {
+    const int row = warp_index() * kRows + i / kPieces, piece = i % kPieces;
+    const bool is_there = piece * kPieceBytes < channels * Number::kBytes;
+    const int64_t offset = token_offset(view, owned.tile, owned.tokens[row].position) * Number::kBytes;
     copy_16(piece_of<kRowBytes>(rows, row, piece), from + offset + (is_there ? piece * kPieceBytes : 0), is_there);
   }
 }
@@ -375,11 +404,11 @@ NATTEN2_DEVICE void keep_finite(unsigned char* rows, int bytes) {
 
 // Writes a warp's sums to the rows that it owns, by way of the shared memory where these lay, 16 bytes at a time.
 template <class Number, int kChannels, int kColumns>
-NATTEN2_DEVICE void store_owned(const View& view, const Plan& plan, const Tile& tile, int64_t head, int channels,
-                                int first, const float (&sum)[kColumns / 8][4], const float (&factor)[2],
-                                unsigned char* owned) {
+NATTEN2_DEVICE void store_owned(const View& view, const Owned& owned, int64_t head, int channels, int first,
+                                const float (&sum)[kColumns / 8][4], const float (&factor)[2],
+                                unsigned char* rows_of_block) {
   constexpr int kRowBytes = kChannels * Number::kBytes, kPieces = kColumns * Number::kBytes / kPieceBytes;
-  unsigned char* rows = owned + warp_index() * kRows * kRowBytes;
+  unsigned char* rows = rows_of_block + warp_index() * kRows * kRowBytes;
   sync_warp();
   NATTEN2_UNROLL
   for (int n = 0; n < kColumns / 8; ++n) {
@@ -395,13 +424,12 @@ NATTEN2_DEVICE void store_owned(const View& view, const Plan& plan, const Tile& 
   NATTEN2_ROLL
   for (int i = lane_index(); i < kRows * kPieces; i += kLanes) {
     const int row = i / kPieces, piece = i % kPieces;
-    int position[kAxes];
-    if (!locate_owned(plan, tile, warp_index() * kRows + row, position)) continue;
-    if (first * Number::kBytes + piece * kPieceBytes >= channels * Number::kBytes) continue;
-    *reinterpret_cast<Words*>(to + token_offset(view, tile, position) * Number::kBytes + piece * kPieceBytes) =
+    const Token& token = owned.tokens[warp_index() * kRows + row];
+    if (!token.exists || first * Number::kBytes + piece * kPieceBytes >= channels * Number::kBytes) continue;
+    const int64_t offset = token_offset(view, owned.tile, token.position) * Number::kBytes;
+    *reinterpret_cast<Words*>(to + offset + piece * kPieceBytes) =
         *reinterpret_cast<const Words*>(piece_of<kRowBytes>(rows, row, piece));
   }
-  sync_warp();
 }
 
 }  // namespace natten2::cuda
