@@ -1,38 +1,8 @@
-// The CUDA kernels on the host, for tests/emulated.py.
-#include <algorithm>
-#include <stdexcept>
-#include <string>
+// The CUDA kernels and their bindings on the host, for tests/emulated.py.
+#include "bind_cuda.cpp"
+#include "cuda/launch.h"
 
-#include "kernels.h"
-#include "launch.h"
-
-namespace {
-
-std::string reason;
-
-template <class Run>
-const char* report(bool is_reversed, const Run& run) {
+// Whether the last warp runs first, and the last lane of each.
+extern "C" __attribute__((visibility("default"))) void natten2_reverse_emulation(bool is_reversed) {
   natten2::cuda::Emulation::get().is_reversed = is_reversed;
-  try {
-    return run();
-  } catch (const std::exception& error) {
-    reason = error.what();
-    return reason.c_str();
-  }
-}
-
-}  // namespace
-
-extern "C" {
-
-// Null, or what went wrong. `is_reversed` runs the last warp and the last lane first.
-const char* emulate_forward(int dtype, int channels, const natten2::cuda::Forward* args, bool is_reversed) {
-  const auto kernels = natten2::cuda::find_kernels(static_cast<natten2::cuda::Dtype>(dtype), channels);
-  return report(is_reversed, [&] { return kernels.forward(*args, nullptr); });
-}
-
-const char* emulate_backward(int dtype, int channels, const natten2::cuda::Backward* args, bool is_reversed) {
-  const auto kernels = natten2::cuda::find_kernels(static_cast<natten2::cuda::Dtype>(dtype), channels);
-  return report(is_reversed, [&] { return kernels.backward(*args, nullptr); });
-}
 }
