@@ -25,7 +25,7 @@ from benchmarks.report import format_table, write_json
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-__all__ = ["BUILD_CASES", "TARGETS", "Build", "BuildCase", "Target", "add_arguments", "builds", "main", "use_target"]
+__all__ = ["BUILD_CASES", "TARGETS", "Build", "BuildCase", "Target", "add_arguments", "builds", "main", "innermost_loops", "use_target"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
     names = (target.matrix_instruction, f"HMMA|{target.matrix_instruction}", "LDL|STL")
     matrix, product, spill = (re.compile(rf"\b({name})\b") for name in names)
     loops = [
-        [text for address, text in instructions if first <= address <= last] for first, last in _innermost(instructions)
+        [text for address, text in instructions if first <= address <= last] for first, last in innermost_loops(instructions)
     ]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -203,7 +203,7 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
     }
 
 
-def _innermost(instructions: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
+def innermost_loops(instructions: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
     """First and last addresses of loops that hold no other loop."""
     loops = []
     for address, text in instructions:

@@ -28,7 +28,13 @@ __all__ = ["compiler", "library", "na_backward", "na_forward", "reversed_order"]
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "emulation.cpp"
 _CSRC = ROOT / "natten2" / "csrc"
-_DEPENDENCIES = (SOURCE, _CSRC / "bind_cuda.cpp", _CSRC / "window.h", _CSRC / "isa.h", *sorted((_CSRC / "cuda").iterdir()))
+_DEPENDENCIES = (
+    SOURCE,
+    _CSRC / "bind_cuda.cpp",
+    _CSRC / "window.h",
+    _CSRC / "isa.h",
+    *sorted((_CSRC / "cuda").iterdir()),
+)
 
 
 def compiler() -> str | None:
@@ -46,7 +52,16 @@ def library() -> ctypes.CDLL:
         # Tests run in several processes, of which the last one to have built it wins.
         temporary = path.with_suffix(f".{os.getpid()}")
         torch_path = Path(torch.__file__).parent
-        options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        options = [
+            "-std=c++20",
+            "-O1",
+            "-fno-strict-aliasing",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+        ]
         options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNATTEN2_CUDA_KEY=CPU", f"-I{_CSRC}"]
         options += ["-isystem", torch_path / "include", f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
         subprocess.run([compiler(), SOURCE, *options, "-o", temporary], check=True)

@@ -30,7 +30,8 @@ __all__ = [
 _MAX_ROW_BYTES = 512
 _CHANNELS = 8
 _MAX_WINDOW = 1024
-_MAX_OFFSETS = 900
+# A table of sums by offset shares that memory too.
+_MAX_OFFSETS, _MAX_OFFSETS_OF_WIDE_ROWS, _WIDE_ROW_BYTES = 2048, 800, 256
 _MAX_TOKENS = 2**28
 _ALIGNMENT = 16
 _MIN_CAPABILITY = (8, 0)
@@ -41,13 +42,12 @@ _BLOCKS = 2048
 RULE = (
     f"NATTEN2_CUDA_KERNELS=1, a build with nvcc, an NVIDIA GPU of compute capability "
     f"{'.'.join(map(str, _MIN_CAPABILITY))} or later, windows of fewer than {_MAX_WINDOW} keys, head_dim and value_dim in "
-    f"multiples of {_CHANNELS} up to {_MAX_ROW_BYTES} bytes, a bias of at most {_MAX_OFFSETS} offsets, fewer than 2^28 "
-    f"tokens, and rows at multiples of {_ALIGNMENT} bytes"
+    f"multiples of {_CHANNELS} up to {_MAX_ROW_BYTES} bytes, a bias of at most {_MAX_OFFSETS} offsets "
+    f"({_MAX_OFFSETS_OF_WIDE_ROWS} from {_WIDE_ROW_BYTES + 1} bytes on), fewer than 2^28 tokens, and rows at multiples of "
+    f"{_ALIGNMENT} bytes"
 )
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
-)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
 _PARAMETERS = (
     "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, bool is_exact, int stream"
 )
@@ -104,8 +104,10 @@ def unusable(
     if prod(kernel_size) >= _MAX_WINDOW:
         return f"the window must have fewer than {_MAX_WINDOW} keys, got {prod(kernel_size)}"
     offsets = prod(2 * size - 1 for size in kernel_size)
-    if has_bias and offsets > _MAX_OFFSETS:
-        return f"the bias must have at most {_MAX_OFFSETS} offsets, got {offsets}"
+    is_wide = max(head_dim, value_dim) * dtype.itemsize > _WIDE_ROW_BYTES
+    most = _MAX_OFFSETS_OF_WIDE_ROWS if is_wide else _MAX_OFFSETS
+    if has_bias and offsets > most:
+        return f"the bias must have at most {most} offsets, got {offsets}"
     if batch * prod(spatial) >= _MAX_TOKENS:
         return f"there must be fewer than 2^28 tokens, got {batch * prod(spatial)}"
     return None
@@ -170,7 +172,9 @@ def na_backward(
     if grads is None:
         grads = [x.new_empty(x.shape) for x in (query, key, value)]
     more = _present(additional_keys, additional_values)
-    rest = [query.new_empty(0) if x is None else x.new_zeros(x.shape) for x in (rpb, additional_keys, additional_values)]
+    rest = [
+        query.new_empty(0) if x is None else x.new_zeros(x.shape) for x in (rpb, additional_keys, additional_values)
+    ]
     if query.shape[0] == 0:
         return (*grads, *rest)
     # Gradients come as autograd made them, expanded from one number even.

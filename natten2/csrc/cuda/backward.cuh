@@ -38,6 +38,10 @@ struct BackwardKernel {
     float logsumexp[2], delta[2];
   };
 
+  struct Numbers {
+    float logsumexp, delta;
+  };
+
   NATTEN2_DEVICE static void run(const BackwardCall& call) {
     const Backward& args = call.args;
     const Problem& problem = args.forward.problem;
@@ -52,14 +56,15 @@ struct BackwardKernel {
       load_bias(reinterpret_cast<float*>(shared_memory() + layout.bias),
                 args.forward.bias + static_cast<int64_t>(head) * plan.offsets, plan.offsets);
     if (sums_bias)
-      for (int i = thread_index(); i < kWarps * plan.grad_tables * plan.offsets; i += kThreads) sums[i] = 0.0f;
+      for (int i = static_cast<int>(thread_index()); i < kWarps * plan.grad_tables * plan.offsets; i += kThreads)
+        sums[i] = 0.0f;
     Owned& owned = *reinterpret_cast<Owned*>(shared_memory() + layout.tile);
     for (uint32_t item = part; item < plan.items; item += plan.parts)
       if (find_owned<kOwnsKeys>(problem, plan, item, owned)) gather(call, layout, owned, head);
     if (!sums_bias) return;
     sync_block();
     float* out = args.grad_bias + (static_cast<int64_t>(part) * heads + head) * plan.offsets;
-    for (int i = thread_index(); i < plan.offsets; i += kThreads) {
+    for (int i = static_cast<int>(thread_index()); i < plan.offsets; i += kThreads) {
       float sum = 0.0f;
       for (int table = 0; table < kWarps * plan.grad_tables; ++table) sum += sums[table * plan.offsets + i];
       out[i] = sum;
@@ -96,7 +101,7 @@ struct BackwardKernel {
     const Plan& plan = call.plan;
     unsigned char* memory = shared_memory();
     auto* bias = forward.bias && !plan.sees_all ? reinterpret_cast<float*>(memory + layout.bias) : nullptr;
-    const Chunks chunks(plan, owned.partners, kOwnsKeys ? group(problem) : 1, kOwnsKeys ? 0 : problem.additional);
+    const Chunks chunks(plan, owned, kOwnsKeys ? group(problem) : 1, kOwnsKeys ? 0 : problem.additional);
     const int batch = owned.tile.batch;
     NATTEN2_UNROLL
     for (int which = 0; which < 2; ++which) {
@@ -113,12 +118,10 @@ struct BackwardKernel {
       const Numbering numbering(chunk.size);
       const bool more = chunks.is_additional(step);
       const int from = partner_head(step);
-      NATTEN2_UNROLL
-      for (int which = 0; which < 2; ++which) {
-        const View rows = partner_rows(call, which, more);
-        load_box<Number, kChannels>(stage + which * plan.chunk_rows * kRowBytes, rows, owned.tile, chunk, numbering,
-                                    head_offset(rows, batch, from), which ? problem.value_dim : problem.head_dim, more);
-      }
+      const View views[2] = {partner_rows(call, 0, more), partner_rows(call, 1, more)};
+      load_box<Number, kChannels>(stage, stage + plan.chunk_rows * kRowBytes, views,
+                                  {head_offset(views[0], batch, from), head_offset(views[1], batch, from)},
+                                  {problem.head_dim, problem.value_dim}, owned.tile, chunk, numbering, more);
       if constexpr (kOwnsKeys) {
         auto* numbers = reinterpret_cast<float*>(stage + 2 * plan.chunk_rows * kRowBytes);
         load_numbers(numbers, forward.logsumexp, owned.tile, chunk, numbering,
@@ -142,24 +145,25 @@ struct BackwardKernel {
       start(state);
       bool is_first = true;
       int bias_head = -1;
-      for_each_chunk<Number>(
-          plan, layout, chunks.count(), block_row() / kShares, plan.step_parts, is_clean, load,
-          [&](int step, unsigned char* stage) {
-            if (is_first) {
-              left[0].start(memory);
-              left[1].start(memory + layout.owned[1]);
-            }
-            is_first = false;
-            const bool more = chunks.is_additional(step);
-            if (kOwnsKeys && bias && bias_head != partner_head(step)) {
-              bias_head = partner_head(step);
-              load_bias(bias, forward.bias + static_cast<int64_t>(bias_head) * plan.offsets, plan.offsets);
-              sync_block();
-            }
-            const Portion portion(problem, chunks.find(step), owned, more, kOwnsKeys ? -1 : 1, entries, rows);
-            visit(state, left, portion, stage, plan, offset, more ? nullptr : bias, upstream,
-                  plan.grad_tables > 0 && !more && !is_clean ? sums : nullptr, problem);
-          });
+      for_each_chunk<Number>(plan, layout, chunks.count(), block_row() / kShares, plan.step_parts, is_clean, load,
+                             [&](int step, unsigned char* stage) {
+                               if (is_first) {
+                                 left[0].start(memory);
+                                 left[1].start(memory + layout.owned[1]);
+                               }
+                               is_first = false;
+                               const bool more = chunks.is_additional(step);
+                               if (kOwnsKeys && bias && bias_head != partner_head(step)) {
+                                 bias_head = partner_head(step);
+                                 load_bias(bias, forward.bias + static_cast<int64_t>(bias_head) * plan.offsets,
+                                           plan.offsets);
+                                 sync_block();
+                               }
+                               const Portion<kRowBytes> portion(problem, chunks.find(step), owned, more,
+                                                                kOwnsKeys ? -1 : 1, entries, rows);
+                               visit(state, left, portion, stage, plan, offset, more ? nullptr : bias, upstream,
+                                     plan.grad_tables > 0 && !more && !is_clean ? sums : nullptr, problem);
+                             });
       if (is_clean || plan.sees_all || !any_of_block(has_nan(state))) break;
       is_clean = true;
     }
@@ -185,16 +189,14 @@ struct BackwardKernel {
 
   NATTEN2_DEVICE static void start(State& state) {
     NATTEN2_UNROLL
-    for (auto& sum : state.first)
-      NATTEN2_UNROLL
-      for (float& number : sum) number = 0.0f;
+    for (auto& sum : state.first) NATTEN2_UNROLL
+    for (float& number : sum) number = 0.0f;
     NATTEN2_UNROLL
-    for (auto& sum : state.second)
-      NATTEN2_UNROLL
-      for (float& number : sum) number = 0.0f;
+    for (auto& sum : state.second) NATTEN2_UNROLL
+    for (float& number : sum) number = 0.0f;
   }
 
-  NATTEN2_DEVICE static void visit(State& state, const LeftRows (&left)[2], const Portion& portion,
+  NATTEN2_DEVICE static void visit(State& state, const LeftRows (&left)[2], const Portion<kRowBytes>& portion,
                                    unsigned char* stage, const Plan& plan, const uint32_t (&offset)[2],
                                    const float* bias, const Upstream& upstream, float* sums, const Problem& problem) {
     unsigned char* second = stage + plan.chunk_rows * kRowBytes;
@@ -203,27 +205,25 @@ struct BackwardKernel {
     const int share = kShares == 1 ? 0 : block_row() % kShares;
     NATTEN2_ROLL
     for (int at = 0; at < portion.count(); at += kRows) {
-      const uint16_t* rows = portion.rows(at);
-      const typename Number::Partners partners = Number::find_partners(rows);
+      const uint16_t* offsets = portion.offsets(at);
+      const typename Number::Partners partners = Number::find_partners(offsets);
       float weight[2][4], grad[2][4];
       left[0].multiply(weight, stage, partners, problem.is_exact);
       left[1].multiply(grad, second, partners, problem.is_exact);
+      const auto numbers_of = [&](int j, int i) -> Numbers {
+        if constexpr (!kOwnsKeys) return {upstream.logsumexp[i / 2], upstream.delta[i / 2]};
+        const uint32_t row = offsets[8 * j + 2 * (lane_index() % 4) + i % 2] / kRowBytes;
+        return {numbers[row] * kLog2E, numbers[plan.chunk_rows + row]};
+      };
       const Pairs pairs(portion, at, offset);
-      finish_scores(weight, pairs, scale, bias);
-      NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j)
-        NATTEN2_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float logsumexp = upstream.logsumexp[i / 2], delta = upstream.delta[i / 2];
-          if constexpr (kOwnsKeys) {
-            const int row = rows[8 * j + 2 * (lane_index() % 4) + i % 2];
-            logsumexp = numbers[row] * kLog2E;
-            delta = numbers[plan.chunk_rows + row];
-          }
-          const float probability = power_of_two(weight[j][i] - logsumexp);
-          weight[j][i] = pairs.is_visible[j][i] ? probability : 0.0f;
-          grad[j][i] = pairs.is_visible[j][i] ? probability * (grad[j][i] - delta) : 0.0f;
-        }
+      if (bias) {
+        finish_scores<true>(weight, pairs, scale, bias);
+        finish_gradients(weight, grad, pairs, numbers_of);
+        if (!kOwnsKeys && sums) add_by_offset(sums, grad, pairs, plan);
+      } else {
+        finish_scores<false>(weight, pairs, scale, bias);
+        finish_gradients(weight, grad, pairs, numbers_of);
+      }
       if constexpr (kOwnsKeys) {
         const typename Number::Weights weights = Number::make_weights(weight, problem.is_exact);
         Number::template add_sums<kRowBytes, kColumns>(state.second, weights, second, partners, share * kColumns,
@@ -232,38 +232,48 @@ struct BackwardKernel {
       const typename Number::Weights grads = Number::make_weights(grad, problem.is_exact);
       Number::template add_sums<kRowBytes, kColumns>(state.first, grads, stage, partners, share * kColumns,
                                                      problem.is_exact);
-      if (!kOwnsKeys && sums) add_by_offset(sums, grad, pairs, plan);
+    }
+  }
+
+  // Turns scores into weights, and the gradients of weights into those of scores; both are 0 where hidden.
+  template <class NumbersOf>
+  NATTEN2_DEVICE static void finish_gradients(float (&weight)[2][4], float (&grad)[2][4], const Pairs& pairs,
+                                              const NumbersOf& numbers_of) {
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Numbers of_query = numbers_of(j, i);
+      const float probability = power_of_two(weight[j][i] - of_query.logsumexp);
+      weight[j][i] = pairs.is_visible[j][i] ? probability : 0.0f;
+      grad[j][i] = pairs.is_visible[j][i] ? probability * (grad[j][i] - of_query.delta) : 0.0f;
     }
   }
 
   // Lanes that are equal modulo 4 hold the same key, so that each group of them takes a table, or its turn.
   NATTEN2_DEVICE static void add_by_offset(float* sums, const float (&grad)[2][4], const Pairs& pairs,
                                            const Plan& plan) {
-    const int column = lane_index() % 4;
+    const int column = static_cast<int>(lane_index() % 4);
     if (plan.grad_tables == 4) sums += column * plan.offsets;
     NATTEN2_ROLL
     for (int turn = 0; turn < 4 / plan.grad_tables; ++turn) {
       const bool is_mine = plan.grad_tables == 4 || turn == column;
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j)
-        NATTEN2_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if (is_mine && pairs.is_visible[j][i]) sums[pairs.offset[j][i]] += grad[j][i];
-          sync_warp();
-        }
+      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (is_mine && pairs.is_visible[j][i]) *number_at(sums, pairs.offset[j][i]) += grad[j][i];
+        sync_warp();
+      }
     }
   }
 
   NATTEN2_DEVICE static bool has_nan(const State& state) {
     bool result = false;
     NATTEN2_UNROLL
-    for (const auto& sum : state.first)
-      NATTEN2_UNROLL
-      for (const float number : sum) result |= number != number;
+    for (const auto& sum : state.first) NATTEN2_UNROLL
+    for (const float number : sum) result |= number != number;
     NATTEN2_UNROLL
-    for (const auto& sum : state.second)
-      NATTEN2_UNROLL
-      for (const float number : sum) result |= number != number;
+    for (const auto& sum : state.second) NATTEN2_UNROLL
+    for (const float number : sum) result |= number != number;
     return result;
   }
 
@@ -290,8 +300,7 @@ struct BackwardKernel {
       store_owned<Number, kChannels, kColumns>(args.grad_key, owned, head_offset(args.grad_key, batch, head),
                                                problem.head_dim, column, state.first, scales, memory);
       store_owned<Number, kChannels, kColumns>(args.grad_value, owned, head_offset(args.grad_value, batch, head),
-                                               problem.value_dim, column, state.second, ones,
-                                               memory + layout.owned[1]);
+                                               problem.value_dim, column, state.second, ones, memory + layout.owned[1]);
     }
   }
 
@@ -306,12 +315,11 @@ struct BackwardKernel {
       const int64_t index = static_cast<int64_t>(owned.tile.batch) * problem.additional + token.position[kAxes - 1];
       float* row = out + (index * problem.key_heads + head) * channels;
       NATTEN2_UNROLL
-      for (int n = 0; n < kTiles; ++n)
-        NATTEN2_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int channel = column + 8 * n + 2 * (lane_index() % 4) + i;
-          if (channel < channels) row[channel] = sum[n][2 * half + i] * factor;
-        }
+      for (int n = 0; n < kTiles; ++n) NATTEN2_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int channel = column + 8 * n + 2 * static_cast<int>(lane_index() % 4) + i;
+        if (channel < channels) row[channel] = sum[n][2 * half + i] * factor;
+      }
     }
   }
 
@@ -335,7 +343,7 @@ struct BackwardKernel {
         sum[which].fill(0.0f);
       }
       bool sees_infinite = false;
-      const auto visit = [&](const int(&query)[kAxes], int query_head, float bias) {
+      const auto visit = [&](const int (&query)[kAxes], int query_head, float bias) {
         const auto number = [&](const View& view) {
           return static_cast<const float*>(
               view.data)[head_offset(view, tile.batch, query_head) + token_offset(view, tile, query)];
@@ -352,7 +360,7 @@ struct BackwardKernel {
         const int query_head = kOwnsKeys ? from : head;
         const float* bias =
             forward.bias ? forward.bias + static_cast<int64_t>(query_head) * call.plan.offsets : nullptr;
-        for_each_partner(token, [&](const int(&at)[kAxes]) {
+        for_each_partner(token, [&](const int (&at)[kAxes]) {
           NATTEN2_UNROLL
           for (int which = 0; which < 2; ++which) {
             const View rows = partner_rows(call, which, false);
@@ -369,8 +377,7 @@ struct BackwardKernel {
         NATTEN2_UNROLL
         for (int which = 0; which < 2; ++which) {
           const View rows = partner_rows(call, which, true);
-          partner[which].load(rows,
-                              head_offset(rows, tile.batch, head / group(problem)) + n * rows.axis[kAxes - 1],
+          partner[which].load(rows, head_offset(rows, tile.batch, head / group(problem)) + n * rows.axis[kAxes - 1],
                               which ? problem.value_dim : problem.head_dim);
         }
         visit(token.position, head, 0.0f);
@@ -418,7 +425,7 @@ NATTEN2_KERNEL void NATTEN2_BOUNDS(kThreads, 1) delta_kernel(NATTEN2_CONSTANT Ba
     using Storage = typename Number::Storage;
     const auto* grads = static_cast<const Storage*>(args.grad_output.data) + offset(args.grad_output);
     const auto* outputs = static_cast<const Storage*>(args.forward.output.data) + offset(args.forward.output);
-    for (int channel = thread_index() % kRowLanes * kPiece; channel < problem.value_dim;
+    for (int channel = static_cast<int>(thread_index() % kRowLanes) * kPiece; channel < problem.value_dim;
          channel += kRowLanes * kPiece) {
       const Words grad = *reinterpret_cast<const Words*>(grads + channel);
       const Words output = *reinterpret_cast<const Words*>(outputs + channel);
@@ -432,8 +439,7 @@ NATTEN2_KERNEL void NATTEN2_BOUNDS(kThreads, 1) delta_kernel(NATTEN2_CONSTANT Ba
   sum += shuffle_xor(sum, 1);
   sum += shuffle_xor(sum, 2);
   if (!exists || thread_index() % kRowLanes) return;
-  if (args.grad_logsumexp.data)
-    sum -= static_cast<const float*>(args.grad_logsumexp.data)[offset(args.grad_logsumexp)];
+  if (args.grad_logsumexp.data) sum -= static_cast<const float*>(args.grad_logsumexp.data)[offset(args.grad_logsumexp)];
   static_cast<float*>(args.delta.data)[offset(args.delta)] = sum;
 }
 

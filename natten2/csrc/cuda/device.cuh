@@ -35,7 +35,7 @@ struct alignas(16) Words {
 
 #ifdef __CUDACC__
 
-NATTEN2_DEVICE int thread_index() { return threadIdx.x; }
+NATTEN2_DEVICE uint32_t thread_index() { return threadIdx.x; }
 NATTEN2_DEVICE uint32_t block_index() { return blockIdx.x; }
 NATTEN2_DEVICE int block_row() { return blockIdx.y; }
 
@@ -162,8 +162,9 @@ NATTEN2_DEVICE float logarithm(float number) { return log2f(number); }
 
 #endif
 
-NATTEN2_DEVICE int lane_index() { return thread_index() % kLanes; }
-NATTEN2_DEVICE int warp_index() { return thread_index() / kLanes; }
+// Unsigned, so that divisions of them are shifts.
+NATTEN2_DEVICE uint32_t lane_index() { return thread_index() % kLanes; }
+NATTEN2_DEVICE uint32_t warp_index() { return thread_index() / kLanes; }
 
 NATTEN2_DEVICE float widen_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
 

@@ -1,6 +1,7 @@
-// A GPU's block on the host, for tests: every thread is a fiber, and what a warp does together happens when its last lane
-// arrives. Layouts of fragments are those that PTX documents for ldmatrix and mma.sync. Copies arrive when they are waited
-// for, and no sooner; shared memory begins as NaN, ends at a page that can't be touched, and warps run far apart in time.
+// A GPU's block on the host, for tests: every thread is a fiber, and what a warp does together happens when its last
+// lane arrives. Layouts of fragments are those that PTX documents for ldmatrix and mma.sync. Copies arrive when they
+// are waited for, and no sooner; shared memory begins as NaN, ends at a page that can't be touched, and warps run far
+// apart in time.
 #pragma once
 
 #include <sys/mman.h>
@@ -229,7 +230,7 @@ struct Emulation {
   }
 };
 
-inline int thread_index() { return Emulation::get().current; }
+inline uint32_t thread_index() { return static_cast<uint32_t>(Emulation::get().current); }
 inline uint32_t block_index() { return Emulation::get().block; }
 inline int block_row() { return Emulation::get().row; }
 inline unsigned char* shared_memory() { return Emulation::get().memory; }
@@ -354,13 +355,13 @@ struct Fragments {
   uint32_t right[2];
 };
 
-// Rows of the left operand are lane / 4 and lane / 4 + 8, and so are those of the sum; columns of the right one lane / 4.
+// Rows of the left operand are lane / 4 and lane / 4 + 8, and so are those of the sum; columns of the right one lane
+// / 4.
 template <class Widen>
 void multiply_16(const char* what, float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1,
                  Widen widen) {
   Emulation& self = Emulation::get();
-  const auto* all =
-      self.exchange(what, Fragments{{left[0], left[1], left[2], left[3]}, {right0, right1}});
+  const auto* all = self.exchange(what, Fragments{{left[0], left[1], left[2], left[3]}, {right0, right1}});
   const int lane = self.current % 32;
   const auto half_word = [](uint32_t word, int k) { return static_cast<uint16_t>(word >> 16 * (k % 2)); };
   for (int i = 0; i < 4; ++i) {

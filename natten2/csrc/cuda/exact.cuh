@@ -1,6 +1,6 @@
-// One token at a time, without tiles. A product of tiles multiplies hidden pairs by a weight of 0, and 0 times infinity or
-// NaN is NaN. So a block whose result holds a NaN computes it again from partners where what isn't finite is 0, which
-// changes no bit for tokens that see none of it; the others come from here, where nothing hidden is touched.
+// One token at a time, without tiles. A product of tiles multiplies hidden pairs by a weight of 0, and 0 times infinity
+// or NaN is NaN. So a block whose result holds a NaN computes it again from partners where what isn't finite is 0,
+// which changes no bit for tokens that see none of it; the others come from here, where nothing hidden is touched.
 #pragma once
 
 #include "pipeline.cuh"
@@ -18,7 +18,7 @@ struct Spread {
     const auto* row = static_cast<const typename Number::Storage*>(view.data) + offset;
     NATTEN2_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      const int channel = lane_index() + i * kLanes;
+      const int channel = static_cast<int>(lane_index()) + i * kLanes;
       part[i] = channel < channels ? Number::widen(row[channel]) : 0.0f;
     }
   }
@@ -28,7 +28,7 @@ struct Spread {
     auto* row = static_cast<typename Number::Storage*>(view.data) + offset;
     NATTEN2_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      const int channel = lane_index() + i * kLanes;
+      const int channel = static_cast<int>(lane_index()) + i * kLanes;
       if (first <= channel && channel < end) row[channel] = Number::narrow(part[i] * factor);
     }
   }
@@ -83,8 +83,5 @@ NATTEN2_DEVICE uint32_t exact_bias_offset(const Problem& problem, const int (&qu
     offset += static_cast<uint32_t>(key[axis] - query[axis] + problem.axes[axis].kernel_size - 1) * strides[axis];
   return offset;
 }
-
-// The weights of a softmax whose peak may be infinite: where every score so far is -inf, -inf - -inf would be NaN.
-NATTEN2_DEVICE float finite_peak(float peak) { return peak == infinity() || peak == -infinity() ? 0.0f : peak; }
 
 }  // namespace natten2::cuda

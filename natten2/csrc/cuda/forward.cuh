@@ -19,7 +19,8 @@ struct ForwardKernel {
 
   struct State {
     float sum[kChannels / 8][4];
-    float peak[2];   // of rows lane / 4 and lane / 4 + 8
+    float
+        peak[2];  // of rows lane / 4 and lane / 4 + 8; finite, so that hidden pairs weigh exp(-inf) even where all are
     float total[2];  // of this lane's pairs
   };
 
@@ -47,19 +48,19 @@ struct ForwardKernel {
     const Plan& plan = call.plan;
     unsigned char* memory = shared_memory();
     const int key_head = head / (problem.heads / problem.key_heads);
-    const Chunks chunks(plan, owned.partners, 1, problem.additional);
+    const Chunks chunks(plan, owned, 1, problem.additional);
     load_owned<Number, kChannels>(memory, args.query, owned, head_offset(args.query, owned.tile.batch, head),
                                   problem.head_dim);
     const auto load = [&](int step, unsigned char* stage) {
       const Box chunk = chunks.find(step);
       const Numbering numbering(chunk.size);
       const bool more = chunks.is_additional(step);
-      const View key = choose(more, args.additional_keys, args.key);
-      load_box<Number, kChannels>(stage, key, owned.tile, chunk, numbering,
-                                  head_offset(key, owned.tile.batch, key_head), problem.head_dim, more);
-      const View value = choose(more, args.additional_values, args.value);
-      load_box<Number, kChannels>(stage + plan.chunk_rows * kRowBytes, value, owned.tile, chunk, numbering,
-                                  head_offset(value, owned.tile.batch, key_head), problem.value_dim, more);
+      const View views[2] = {choose(more, args.additional_keys, args.key),
+                             choose(more, args.additional_values, args.value)};
+      load_box<Number, kChannels>(
+          stage, stage + plan.chunk_rows * kRowBytes, views,
+          {head_offset(views[0], owned.tile.batch, key_head), head_offset(views[1], owned.tile.batch, key_head)},
+          {problem.head_dim, problem.value_dim}, owned.tile, chunk, numbering, more);
     };
 
     uint32_t offset[2];
@@ -77,7 +78,7 @@ struct ForwardKernel {
         if (is_first) left.start(memory);
         is_first = false;
         const bool more = chunks.is_additional(step);
-        const Portion portion(problem, chunks.find(step), owned, more, 1, entries, rows);
+        const Portion<kRowBytes> portion(problem, chunks.find(step), owned, more, 1, entries, rows);
         visit(state, left, portion, stage, stage + plan.chunk_rows * kRowBytes, offset, more ? nullptr : bias, problem);
       });
       if (is_clean || !any_of_block(has_nan(state))) break;
@@ -89,46 +90,42 @@ struct ForwardKernel {
 
   NATTEN2_DEVICE static void start(State& state) {
     NATTEN2_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n)
-      NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) state.sum[n][i] = 0.0f;
+    for (int n = 0; n < kChannels / 8; ++n) NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) state.sum[n][i] = 0.0f;
     for (int half = 0; half < 2; ++half) {
-      state.peak[half] = -infinity();
+      state.peak[half] = -largest_finite();
       state.total[half] = 0.0f;
     }
   }
 
-  NATTEN2_DEVICE static void visit(State& state, const LeftRows& left, const Portion& portion, unsigned char* keys, unsigned char* values,
-                                   const uint32_t (&offset)[2], const float* bias, const Problem& problem) {
+  NATTEN2_DEVICE static void visit(State& state, const LeftRows& left, const Portion<kRowBytes>& portion,
+                                   unsigned char* keys, unsigned char* values, const uint32_t (&offset)[2],
+                                   const float* bias, const Problem& problem) {
     const float scale = problem.scale * kLog2E;
     NATTEN2_ROLL
     for (int first = 0; first < portion.count(); first += kRows) {
-      const typename Number::Partners partners = Number::find_partners(portion.rows(first));
+      const typename Number::Partners partners = Number::find_partners(portion.offsets(first));
       float score[2][4];
       left.multiply(score, keys, partners, problem.is_exact);
-      const Pairs pairs(portion, first, offset);
-      finish_scores(score, pairs, scale, bias);
+      if (bias)
+        finish_scores<true>(score, Pairs(portion, first, offset), scale, bias);
+      else
+        finish_scores<false>(score, Pairs(portion, first, offset), scale, bias);
       float peak[2] = {state.peak[0], state.peak[1]};
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j)
-        NATTEN2_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if (!pairs.is_visible[j][i]) score[j][i] = -infinity();
-          peak[i / 2] = fmaxf(peak[i / 2], score[j][i]);
-        }
-      float finite[2];
+      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) peak[i / 2] = fmaxf(peak[i / 2], score[j][i]);
       bool has_grown = false;
       NATTEN2_UNROLL
       for (int half = 0; half < 2; ++half) {
         peak[half] = fmaxf(peak[half], shuffle_xor(peak[half], 1));
-        peak[half] = fmaxf(peak[half], shuffle_xor(peak[half], 2));
-        finite[half] = finite_peak(peak[half]);
+        peak[half] = fminf(fmaxf(peak[half], shuffle_xor(peak[half], 2)), largest_finite());
         has_grown |= peak[half] != state.peak[half];
       }
       if (any_of_warp(has_grown)) {
         NATTEN2_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float shrink = power_of_two(state.peak[half] - finite[half]);
+          const float shrink = power_of_two(state.peak[half] - peak[half]);
           state.peak[half] = peak[half];
           state.total[half] *= shrink;
           NATTEN2_UNROLL
@@ -139,12 +136,11 @@ struct ForwardKernel {
         }
       }
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j)
-        NATTEN2_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          score[j][i] = power_of_two(score[j][i] - finite[i / 2]);
-          state.total[i / 2] += score[j][i];
-        }
+      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        score[j][i] = power_of_two(score[j][i] - peak[i / 2]);
+        state.total[i / 2] += score[j][i];
+      }
       const typename Number::Weights weights = Number::make_weights(score, problem.is_exact);
       Number::template add_sums<kRowBytes, kChannels>(state.sum, weights, values, partners, 0, problem.is_exact);
     }
@@ -153,9 +149,8 @@ struct ForwardKernel {
   NATTEN2_DEVICE static bool has_nan(const State& state) {
     bool result = false;
     NATTEN2_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n)
-      NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) result |= state.sum[n][i] != state.sum[n][i];
+    for (int n = 0; n < kChannels / 8; ++n) NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) result |= state.sum[n][i] != state.sum[n][i];
     return result;
   }
 
@@ -190,23 +185,22 @@ struct ForwardKernel {
       const Token& token = owned.tokens[warp_index() * kRows + row];
       if (!token.exists) continue;
       Spread<Number, kChannels> query, key, value, sum;
-      query.load(args.query,
-                 head_offset(args.query, tile.batch, head) + token_offset(args.query, tile, token.position),
+      query.load(args.query, head_offset(args.query, tile.batch, head) + token_offset(args.query, tile, token.position),
                  problem.head_dim);
       sum.fill(0.0f);
-      float peak = -infinity(), total = 0.0f;
+      float peak = -largest_finite(), total = 0.0f;
       bool sees_infinite = false;
       const auto visit = [&](float bias_of_pair) {
         sees_infinite |= !key.is_finite() || !value.is_finite();
         const float score = query.dot(key) * (problem.scale * kLog2E) + bias_of_pair * kLog2E;
-        const float higher = fmaxf(peak, score), finite = finite_peak(higher);
-        const float shrink = power_of_two(peak - finite), weight = power_of_two(score - finite);
+        const float higher = fminf(fmaxf(peak, score), largest_finite());
+        const float shrink = power_of_two(peak - higher), weight = power_of_two(score - higher);
         sum.multiply(shrink);
         sum.add(value, weight);
         total = total * shrink + weight;
         peak = higher;
       };
-      for_each_partner(token, [&](const int(&at)[kAxes]) {
+      for_each_partner(token, [&](const int (&at)[kAxes]) {
         key.load(args.key, head_offset(args.key, tile.batch, key_head) + token_offset(args.key, tile, at),
                  problem.head_dim);
         value.load(args.value, head_offset(args.value, tile.batch, key_head) + token_offset(args.value, tile, at),
@@ -217,16 +211,16 @@ struct ForwardKernel {
         key.load(args.additional_keys,
                  head_offset(args.additional_keys, tile.batch, key_head) + n * args.additional_keys.axis[kAxes - 1],
                  problem.head_dim);
-        value.load(args.additional_values,
-                   head_offset(args.additional_values, tile.batch, key_head) +
-                       n * args.additional_values.axis[kAxes - 1],
-                   problem.value_dim);
+        value.load(
+            args.additional_values,
+            head_offset(args.additional_values, tile.batch, key_head) + n * args.additional_values.axis[kAxes - 1],
+            problem.value_dim);
         visit(0.0f);
       }
       if (!any_of_warp(sees_infinite)) continue;
       sum.store(args.output,
-                head_offset(args.output, tile.batch, head) + token_offset(args.output, tile, token.position),
-                0, problem.value_dim, 1.0f / total);
+                head_offset(args.output, tile.batch, head) + token_offset(args.output, tile, token.position), 0,
+                problem.value_dim, 1.0f / total);
       if (lane_index() == 0)
         static_cast<float*>(args.logsumexp.data)[head_offset(args.logsumexp, tile.batch, head) +
                                                  token_offset(args.logsumexp, tile, token.position)] =

@@ -1,4 +1,5 @@
-// The kernels that there are: by dtype, and by how many channels they are made for. kernels.cu is compiled once for each.
+// The kernels that there are: by dtype, and by how many channels they are made for. kernels.cu is compiled once for
+// each.
 #pragma once
 
 #include "problem.h"

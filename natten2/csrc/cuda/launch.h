@@ -93,8 +93,7 @@ Failure run_backward(const Backward& args, void* stream) {
   Failure failure = start_kernel(delta_kernel<Number>, static_cast<uint32_t>(blocks), 1, 0, stream, args);
   if (!failure) failure = run_gather<Number, kChannels, false>(args, Owner::kQueries, stream);
   if (!failure) failure = run_gather<Number, kChannels, true>(args, Owner::kKeys, stream);
-  if (!failure && args.grad_additional)
-    failure = run_gather<Number, kChannels, true>(args, Owner::kAdditional, stream);
+  if (!failure && args.grad_additional) failure = run_gather<Number, kChannels, true>(args, Owner::kAdditional, stream);
   return failure;
 }
 

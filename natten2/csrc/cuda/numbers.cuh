@@ -1,7 +1,7 @@
 // The dtypes: how they lie in shared memory, and how tensor cores multiply them.
 //
-// Rows of channels lie in shared memory in pieces of 16 bytes, whose order changes from row to row so that rows which are
-// read together lie in different banks. Products take 16 owned rows from the left and 16 partners, gathered from
+// Rows of channels lie in shared memory in pieces of 16 bytes, whose order changes from row to row so that rows which
+// are read together lie in different banks. Products take 16 owned rows from the left and 16 partners, gathered from
 // anywhere, from the right:
 //
 //   scores      [16 owned, 16 partners] += left rows @ partners^T
@@ -18,17 +18,16 @@ namespace natten2::cuda {
 constexpr int kPieceBytes = 16;
 constexpr int kRows = 16;  // of a warp
 
+// Where a row begins; another piece is at the exclusive or with 16 times its number.
 template <int kRowBytes>
-NATTEN2_DEVICE int swizzle(int row, int piece) {
-  constexpr int kPieces = kRowBytes / kPieceBytes;
-  static_assert(kPieces >= 4);
-  return kPieces == 4 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7);
+NATTEN2_DEVICE uint32_t row_offset(uint32_t row) {
+  static_assert(kRowBytes >= 4 * kPieceBytes);
+  return row * kRowBytes + (kRowBytes == 4 * kPieceBytes ? row >> 1 & 3 : row & 7) * kPieceBytes;
 }
 
-// Where a row's piece is.
 template <int kRowBytes>
-NATTEN2_DEVICE unsigned char* piece_of(unsigned char* rows, int row, int piece) {
-  return rows + row * kRowBytes + swizzle<kRowBytes>(row, piece) * kPieceBytes;
+NATTEN2_DEVICE unsigned char* piece_of(unsigned char* rows, uint32_t row, uint32_t piece) {
+  return rows + (row_offset<kRowBytes>(row) ^ piece * kPieceBytes);
 }
 
 // What half precision shares: Type names the 16-bit instructions.
@@ -39,12 +38,17 @@ struct HalfPrecision {
   static constexpr int kPerWord = 2;
   static constexpr int kDepth = 16;  // channels of one product
 
-  // The rows of 16 partners, as this lane finds them.
+  // Where this lane finds the rows of 16 partners, whose channels are summed in scores, and who are summed in sums.
+  // Both orders of matrices put what one instruction takes into neighboring registers.
   struct Partners {
-    int row;
+    uint32_t scored, summed;
   };
 
-  NATTEN2_DEVICE static Partners find_partners(const uint16_t* rows) { return {rows[lane_index() % 16]}; }
+  NATTEN2_DEVICE static Partners find_partners(const uint16_t* offsets) {
+    const uint32_t lane = lane_index();
+    return {offsets[lane % 8 + lane / 16 * 8] ^ lane / 8 % 2 * kPieceBytes,
+            offsets[lane % 16] ^ lane / 16 * kPieceBytes};
+  }
 
   template <int kRowBytes>
   NATTEN2_DEVICE static void load_left(uint32_t (&left)[4], unsigned char* rows, int step) {
@@ -55,9 +59,9 @@ struct HalfPrecision {
   NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
                                         const Partners& partners, int step, bool) {
     uint32_t right[4];
-    load_matrices(right, piece_of<kRowBytes>(rows, partners.row, 2 * step + lane_index() / 16));
-    Type::multiply(score[0], left, right[0], right[2]);
-    Type::multiply(score[1], left, right[1], right[3]);
+    load_matrices(right, rows + (partners.scored ^ 2 * step * kPieceBytes));
+    Type::multiply(score[0], left, right[0], right[1]);
+    Type::multiply(score[1], left, right[2], right[3]);
   }
 
   // Weights as left operands: rounded, and what rounding took away.
@@ -86,8 +90,7 @@ struct HalfPrecision {
     NATTEN2_UNROLL
     for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t right[4];
-      load_transposed_matrices(right,
-                               piece_of<kRowBytes>(rows, partners.row, first / 8 + 2 * j + lane_index() / 16));
+      load_transposed_matrices(right, rows + (partners.summed ^ (first / 8 + 2 * j) * kPieceBytes));
       if (is_exact) {
         Type::multiply(sum[2 * j], weights.rest, right[0], right[1]);
         Type::multiply(sum[2 * j + 1], weights.rest, right[2], right[3]);
@@ -141,27 +144,27 @@ struct Float {
   static constexpr int kDepth = 8;
 
   struct Partners {
-    int row[2];     // partners lane / 4 and lane / 4 + 8, whose channels are summed
-    int column[4];  // partners 2 * (lane % 4), the next one, and 8 further on, which are summed
+    uint32_t scored[2];  // partners lane / 4 and lane / 4 + 8
+    uint32_t summed[4];  // partners 2 * (lane % 4), the next one, and 8 further on
   };
 
-  NATTEN2_DEVICE static Partners find_partners(const uint16_t* rows) {
-    const int g = lane_index() / 4, t = 2 * (lane_index() % 4);
-    return {{rows[g], rows[g + 8]}, {rows[t], rows[t + 1], rows[t + 8], rows[t + 9]}};
+  NATTEN2_DEVICE static Partners find_partners(const uint16_t* offsets) {
+    const uint32_t g = lane_index() / 4, t = 2 * (lane_index() % 4);
+    return {{offsets[g], offsets[g + 8]}, {offsets[t], offsets[t + 1], offsets[t + 8], offsets[t + 9]}};
   }
 
-  template <int kRowBytes>
-  NATTEN2_DEVICE static float load(unsigned char* rows, int row, int channel) {
-    return reinterpret_cast<const float*>(piece_of<kRowBytes>(rows, row, channel / 4))[channel % 4];
+  NATTEN2_DEVICE static float load(const unsigned char* rows, uint32_t offset, uint32_t channel) {
+    return reinterpret_cast<const float*>(rows + (offset ^ channel / 4 * kPieceBytes))[channel % 4];
   }
 
   template <int kRowBytes>
   NATTEN2_DEVICE static void load_left(uint32_t (&left)[4], unsigned char* rows, int step) {
-    const int g = lane_index() / 4, channel = 8 * step + lane_index() % 4;
-    left[0] = to_bits(load<kRowBytes>(rows, g, channel));
-    left[1] = to_bits(load<kRowBytes>(rows, g + 8, channel));
-    left[2] = to_bits(load<kRowBytes>(rows, g, channel + 4));
-    left[3] = to_bits(load<kRowBytes>(rows, g + 8, channel + 4));
+    const uint32_t g = lane_index() / 4, channel = 8 * step + lane_index() % 4;
+    const uint32_t lower = row_offset<kRowBytes>(g), upper = row_offset<kRowBytes>(g + 8);
+    left[0] = to_bits(load(rows, lower, channel));
+    left[1] = to_bits(load(rows, upper, channel));
+    left[2] = to_bits(load(rows, lower, channel + 4));
+    left[3] = to_bits(load(rows, upper, channel + 4));
   }
 
   NATTEN2_DEVICE static void multiply(float (&sum)[4], const uint32_t (&left)[4], float right0, float right1,
@@ -183,11 +186,11 @@ struct Float {
   template <int kRowBytes>
   NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
                                         const Partners& partners, int step, bool is_exact) {
-    const int channel = 8 * step + lane_index() % 4;
+    const uint32_t channel = 8 * step + lane_index() % 4;
     NATTEN2_UNROLL
     for (int j = 0; j < 2; ++j)
-      multiply(score[j], left, load<kRowBytes>(rows, partners.row[j], channel),
-               load<kRowBytes>(rows, partners.row[j], channel + 4), is_exact);
+      multiply(score[j], left, load(rows, partners.scored[j], channel), load(rows, partners.scored[j], channel + 4),
+               is_exact);
   }
 
   // A sum may take its terms in any order, so that partners 2 * t and 2 * t + 1 stand where t and t + 4 belong.
@@ -198,9 +201,8 @@ struct Float {
   NATTEN2_DEVICE static Weights make_weights(const float (&weight)[2][4], bool) {
     Weights result;
     NATTEN2_UNROLL
-    for (int j = 0; j < 2; ++j)
-      NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) result.left[j][i] = to_bits(weight[j][2 * (i % 2) + i / 2]);
+    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) result.left[j][i] = to_bits(weight[j][2 * (i % 2) + i / 2]);
     return result;
   }
 
@@ -209,11 +211,11 @@ struct Float {
                                       const Partners& partners, int first, bool is_exact) {
     NATTEN2_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const int channel = first + 8 * n + lane_index() / 4;
+      const uint32_t channel = first + 8 * n + lane_index() / 4;
       NATTEN2_UNROLL
       for (int j = 0; j < 2; ++j)
-        multiply(sum[n], weights.left[j], load<kRowBytes>(rows, partners.column[2 * j], channel),
-                 load<kRowBytes>(rows, partners.column[2 * j + 1], channel), is_exact);
+        multiply(sum[n], weights.left[j], load(rows, partners.summed[2 * j], channel),
+                 load(rows, partners.summed[2 * j + 1], channel), is_exact);
     }
   }
 
@@ -226,9 +228,7 @@ struct Float {
     reinterpret_cast<float*>(where)[1] = second;
   }
 
-  NATTEN2_DEVICE static uint32_t keep_finite(uint32_t word) {
-    return (word & 0x7f800000u) == 0x7f800000u ? 0 : word;
-  }
+  NATTEN2_DEVICE static uint32_t keep_finite(uint32_t word) { return (word & 0x7f800000u) == 0x7f800000u ? 0 : word; }
 };
 
 }  // namespace natten2::cuda

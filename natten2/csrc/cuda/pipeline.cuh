@@ -9,6 +9,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 NATTEN2_DEVICE float infinity() { return from_bits(0x7f800000u); }
+NATTEN2_DEVICE float largest_finite() { return from_bits(0x7f7fffffu); }
 
 // How a block's shared memory is divided, in bytes. `owned` is how many tensors' rows it owns, and `numbers` how many
 // float32 numbers come with each partner.
@@ -45,8 +46,8 @@ NATTEN2_HOST_DEVICE constexpr Layout make_layout(const Plan& plan, int row_bytes
 // Loads and visits chunks `first`, `first + step`, and so on. Where two fit in memory, one is loaded during a visit.
 // `load` gets a chunk's number and its stage, and so does `visit`, which must not touch the memory when it is done.
 template <class Number, class Load, class Visit>
-NATTEN2_DEVICE void for_each_chunk(const Plan& plan, const Layout& layout, int count, int first, int step, bool is_clean,
-                                   const Load& load, const Visit& visit) {
+NATTEN2_DEVICE void for_each_chunk(const Plan& plan, const Layout& layout, int count, int first, int step,
+                                   bool is_clean, const Load& load, const Visit& visit) {
   unsigned char* stages = shared_memory() + layout.stage[0];
   const int tensor_bytes = layout.numbers - layout.stage[0];
   if (first < count) load(first, stages);
@@ -94,9 +95,8 @@ class Left {
   NATTEN2_DEVICE void multiply(float (&score)[2][4], unsigned char* rows, const typename Number::Partners& partners,
                                bool is_exact) const {
     NATTEN2_UNROLL
-    for (int j = 0; j < 2; ++j)
-      NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
+    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+    for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
     if constexpr (kInRegisters) {
       NATTEN2_UNROLL
       for (int step = 0; step < kSteps; ++step)
@@ -117,7 +117,8 @@ class Left {
   unsigned char* rows_;
 };
 
-// What owned tokens lane / 4 and lane / 4 + 8 add to the index of a pair's bias; `sign` is 1 for keys and -1 for queries.
+// What owned tokens lane / 4 and lane / 4 + 8 add to the index of a pair's bias; `sign` is 1 for keys and -1 for
+// queries.
 NATTEN2_DEVICE void find_bias_offsets(const Problem& problem, const Owned& owned, int sign, uint32_t (&offset)[2]) {
   uint32_t strides[kAxes];
   find_bias_strides(problem, strides);
@@ -128,7 +129,7 @@ NATTEN2_DEVICE void find_bias_offsets(const Problem& problem, const Owned& owned
     NATTEN2_UNROLL
     for (int axis = 0; axis < kAxes; ++axis)
       offset[half] +=
-          static_cast<uint32_t>(problem.axes[axis].kernel_size - 1 + sign * token.position[axis]) * strides[axis];
+          static_cast<uint32_t>(problem.axes[axis].kernel_size - 1 + sign * token.position[axis]) * strides[axis] * 4;
   }
 }
 
@@ -145,7 +146,15 @@ NATTEN2_DEVICE View choose(bool condition, const View& first, const View& second
 
 // Copies a head's bias to shared memory, in base 2.
 NATTEN2_DEVICE void load_bias(float* bias, const float* from, int count) {
-  for (int i = thread_index(); i < count; i += kThreads) bias[i] = from[i] * kLog2E;
+  for (int i = static_cast<int>(thread_index()); i < count; i += kThreads) bias[i] = from[i] * kLog2E;
+}
+
+// The number of a table at an index in bytes.
+NATTEN2_DEVICE float* number_at(float* table, uint32_t offset) {
+  return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(table) + offset);
+}
+NATTEN2_DEVICE const float* number_at(const float* table, uint32_t offset) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(table) + offset);
 }
 
 // The pairs of 16 owned tokens with 16 partners, as this lane holds their scores.
@@ -153,7 +162,8 @@ struct Pairs {
   bool is_visible[2][4];
   uint32_t offset[2][4];  // index of the bias
 
-  NATTEN2_DEVICE Pairs(const Portion& portion, int first, const uint32_t (&owned_offset)[2]) {
+  template <int kRowBytes>
+  NATTEN2_DEVICE Pairs(const Portion<kRowBytes>& portion, int first, const uint32_t (&owned_offset)[2]) {
     NATTEN2_UNROLL
     for (int j = 0; j < 2; ++j) {
       Entry pair[2];
@@ -167,15 +177,21 @@ struct Pairs {
   }
 };
 
-// Turns products into scores in base 2; a hidden pair's stays any number.
+// Turns products into scores in base 2; a hidden pair's is -inf. The caller branches on whether there is a bias, so
+// that what is visible needs to be in registers only for as long as each score does.
+template <bool kHasBias>
 NATTEN2_DEVICE void finish_scores(float (&score)[2][4], const Pairs& pairs, float scale, const float* bias) {
   NATTEN2_UNROLL
-  for (int j = 0; j < 2; ++j)
-    NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) {
+  for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (!pairs.is_visible[j][i]) {
+      score[j][i] = -infinity();
+    } else if constexpr (kHasBias) {
+      score[j][i] = fmaf(score[j][i], scale, *number_at(bias, pairs.offset[j][i]));
+    } else {
       score[j][i] *= scale;
-      if (bias && pairs.is_visible[j][i]) score[j][i] += bias[pairs.offset[j][i]];
     }
+  }
 }
 
 }  // namespace natten2::cuda

@@ -18,9 +18,9 @@ constexpr uint32_t kMostBlocks = 0x7fffffff;
 struct Traits {
   Owner owner;
   int row_bytes;
-  int owned;      // tensors
-  int numbers;    // float32 numbers per partner
-  int offsets;    // of a bias, or 0
+  int owned;    // tensors
+  int numbers;  // float32 numbers per partner
+  int offsets;  // of a bias, or 0
   bool sums_bias;
 };
 
@@ -113,7 +113,8 @@ inline bool make_plan(const Problem& problem, const Traits& traits, Plan& plan) 
   uint64_t items = problem.batch;
   for (int axis = 0; axis < kAxes; ++axis) {
     spans[axis] = span_of(problem.axes[axis], traits.owner, block_side(plan, axis));
-    const int along = plan.sees_all ? (axis == kAxes - 1 ? problem.additional : 1) : group_length(problem.axes[axis], 0);
+    const int along =
+        plan.sees_all ? (axis == kAxes - 1 ? problem.additional : 1) : group_length(problem.axes[axis], 0);
     plan.tiles[axis] = static_cast<uint32_t>((along + block_side(plan, axis) - 1) / block_side(plan, axis));
     items *= static_cast<uint64_t>(plan.tiles[axis]) * (plan.sees_all ? 1 : problem.axes[axis].dilation);
   }
@@ -124,7 +125,7 @@ inline bool make_plan(const Problem& problem, const Traits& traits, Plan& plan) 
   const struct {
     int stages, bytes, tables, least;
   } options[] = {
-      {1, kSharedOfFour, 4, 0},   {1, kSharedOfFour, 1, 0},    {2, kSharedOfThree, 4, 64},
+      {1, kSharedOfFour, 4, 0},   {1, kSharedOfFour, 1, 0},       {2, kSharedOfThree, 4, 64},
       {2, kSharedOfThree, 1, 32}, {2, kMostShared, 1, 2 * kRows}, {1, kMostShared, 1, kRows},
   };
   for (const auto& option : options) {
@@ -138,8 +139,8 @@ inline bool make_plan(const Problem& problem, const Traits& traits, Plan& plan) 
     // Additional keys come in chunks of this many.
     if (problem.additional && traits.owner == Owner::kQueries)
       plan.chunk_rows = std::max(plan.chunk_rows, std::min(rows, 4 * kRows));
-    const bool has_one_chunk = traits.owner == Owner::kQueries ? problem.additional == 0
-                                                               : problem.heads == problem.key_heads;
+    const bool has_one_chunk =
+        traits.owner == Owner::kQueries ? problem.additional == 0 : problem.heads == problem.key_heads;
     if (volume <= chunk && has_one_chunk) plan.stages = 1;
     return true;
   }

@@ -3,7 +3,8 @@
 // A block of four warps owns a box of 64 tokens of one dilation group, each warp a smaller box of 16: queries, whose
 // partners are keys, or keys, whose partners are the queries that see them (natten2/csrc/window.h has both). The
 // partners of a box are a box too. The block loads the partners of all its tokens, in chunks where they are many, and
-// each warp numbers those of its own tokens through, whatever their shape: matrix instructions gather rows from anywhere.
+// each warp numbers those of its own tokens through, whatever their shape: matrix instructions gather rows from
+// anywhere.
 #pragma once
 
 #include "numbers.cuh"
@@ -88,7 +89,8 @@ struct Token {
 // What the block's threads know of its tile, in shared memory, for registers are few.
 struct Owned {
   Tile tile;
-  Box partners;                 // of all tokens
+  Box partners;                  // of all tokens
+  int chunks[kAxes];             // that these come in, along each axis
   Box partners_of_warp[kWarps];  // of a warp's; empty where it has none
   Token tokens[kOwned];
 };
@@ -144,13 +146,18 @@ NATTEN2_DEVICE bool find_owned(const Problem& problem, const Plan& plan, uint32_
   sync_block();
   if (thread_index() == 0) {
     find_tile(problem, plan, item, owned.tile);
-    if (!owned.tile.is_empty) find_partners<kOwnsKeys>(problem, plan, owned.tile, owned.partners);
+    if (!owned.tile.is_empty) {
+      find_partners<kOwnsKeys>(problem, plan, owned.tile, owned.partners);
+      NATTEN2_UNROLL
+      for (int axis = 0; axis < kAxes; ++axis)
+        owned.chunks[axis] = (owned.partners.size[axis] + plan.chunk[axis] - 1) / plan.chunk[axis];
+    }
   }
   sync_block();
   const Tile& tile = owned.tile;
   if (tile.is_empty) return false;
   // Both halves of a warp compute the same, so that all lanes take part in its reductions; one half writes.
-  int row = lane_index() % kRows, warp = warp_index();
+  uint32_t row = lane_index() % kRows, warp = warp_index();
   const bool writes = lane_index() < kRows;
   Token& token = owned.tokens[warp_index() * kRows + row];
   Box& box = owned.partners_of_warp[warp_index()];
@@ -158,10 +165,10 @@ NATTEN2_DEVICE bool find_owned(const Problem& problem, const Plan& plan, uint32_
   bool exists = true;
   NATTEN2_UNROLL
   for (int axis = kAxes - 1; axis >= 0; --axis) {
-    const int in_row = row & ((1 << plan.warp_tile[axis]) - 1), in_block = warp & ((1 << plan.warps[axis]) - 1);
+    const uint32_t in_row = row & ((1u << plan.warp_tile[axis]) - 1), in_block = warp & ((1u << plan.warps[axis]) - 1);
     row >>= plan.warp_tile[axis];
     warp >>= plan.warps[axis];
-    position[axis] = tile.first[axis] + (in_block << plan.warp_tile[axis]) + in_row;
+    position[axis] = tile.first[axis] + static_cast<int>((in_block << plan.warp_tile[axis]) + in_row);
     exists &= position[axis] < tile.length[axis];
     // One that isn't there is its last neighbor, and sees nothing.
     position[axis] = smaller<int>(position[axis], tile.length[axis] - 1);
@@ -189,40 +196,40 @@ NATTEN2_DEVICE bool find_owned(const Problem& problem, const Plan& plan, uint32_
 // The chunks of a tile: boxes of partners for each head that takes part, then those of additional keys.
 class Chunks {
  public:
-  NATTEN2_DEVICE Chunks(const Plan& plan, const Box& box, int members, int additional)
-      : plan_(plan), box_(box), additional_(additional) {
-    NATTEN2_UNROLL
-    for (int axis = 0; axis < kAxes; ++axis) count_[axis] = (box.size[axis] + plan.chunk[axis] - 1) / plan.chunk[axis];
-    boxes_ = count_[0] * count_[1] * count_[2];
-    regular_ = boxes_ * members;
-  }
+  NATTEN2_DEVICE Chunks(const Plan& plan, const Owned& owned, int members, int additional)
+      : plan_(plan), owned_(owned), members_(members), additional_(additional) {}
 
-  NATTEN2_DEVICE int count() const { return regular_ + (additional_ + plan_.chunk_rows - 1) / plan_.chunk_rows; }
-  NATTEN2_DEVICE bool is_additional(int step) const { return step >= regular_; }
-  NATTEN2_DEVICE int member(int step) const { return step < boxes_ ? 0 : step / boxes_; }
+  NATTEN2_DEVICE int count() const {
+    return boxes() * members_ + (additional_ + plan_.chunk_rows - 1) / plan_.chunk_rows;
+  }
+  NATTEN2_DEVICE bool is_additional(int step) const { return additional_ > 0 && step >= boxes() * members_; }
+  NATTEN2_DEVICE int member(int step) const { return members_ == 1 ? 0 : step / boxes(); }
 
   NATTEN2_DEVICE Box find(int step) const {
     if (is_additional(step)) {
-      const int first = (step - regular_) * plan_.chunk_rows;
+      const int first = (step - boxes() * members_) * plan_.chunk_rows;
       return {{0, 0, first}, {1, 1, smaller<int>(plan_.chunk_rows, additional_ - first)}};
     }
-    int number = boxes_ == 1 ? 0 : step % boxes_;
+    int number = step;
     Box chunk;
     NATTEN2_UNROLL
     for (int axis = kAxes - 1; axis >= 0; --axis) {
-      const int along = number == 0 ? 0 : number % count_[axis];
-      if (number) number /= count_[axis];
-      chunk.begin[axis] = box_.begin[axis] + along * plan_.chunk[axis];
-      chunk.size[axis] = smaller<int>(plan_.chunk[axis], box_.size[axis] - along * plan_.chunk[axis]);
+      const int count = owned_.chunks[axis], next = quotient<int>(number, count), along = number - next * count;
+      // After its last box comes the next member's first.
+      number = next;
+      const int first = along * plan_.chunk[axis];
+      chunk.begin[axis] = owned_.partners.begin[axis] + first;
+      chunk.size[axis] = smaller<int>(plan_.chunk[axis], owned_.partners.size[axis] - first);
     }
     return chunk;
   }
 
  private:
+  NATTEN2_DEVICE int boxes() const { return owned_.chunks[0] * owned_.chunks[1] * owned_.chunks[2]; }
+
   const Plan& plan_;
-  const Box& box_;
-  int additional_, boxes_, regular_;
-  int count_[kAxes];
+  const Owned& owned_;
+  int members_, additional_;
 };
 
 // How much an offset along each axis adds to the index of a head's bias.
@@ -238,16 +245,17 @@ NATTEN2_DEVICE void find_bias_strides(const Problem& problem, uint32_t (&strides
 // What a warp has to know of a partner, at hand for every lane.
 struct Entry {
   uint32_t place;   // inside the warp's part of the chunk
-  uint32_t offset;  // what it adds to the index of a pair's bias
+  uint32_t offset;  // what it adds to the index of a pair's bias, in bytes
 };
 
-// A warp's part of a chunk, numbered through.
+// A warp's part of a chunk, numbered through. Indices of the bias count in bytes.
+template <int kRowBytes>
 class Portion {
  public:
   // `sign` is 1 where partners are keys, and -1 where they are queries.
   NATTEN2_DEVICE Portion(const Problem& problem, const Box& chunk, const Owned& owned, bool is_additional, int sign,
-                         Entry* entries, uint16_t* rows)
-      : entries_(entries), rows_(rows) {
+                         Entry* entries, uint16_t* offsets)
+      : entries_(entries), offsets_(offsets) {
     const Box& seen = owned.partners_of_warp[warp_index()];
     Box box;
     NATTEN2_UNROLL
@@ -263,7 +271,7 @@ class Portion {
     find_bias_strides(problem, bias);
     const int first = row_of(chunk, box, 0, 0, 0), padded = (count_ + kRows - 1) / kRows * kRows;
     NATTEN2_ROLL
-    for (int n = lane_index(); n < padded; n += kLanes) {
+    for (int n = static_cast<int>(lane_index()); n < padded; n += kLanes) {
       Entry entry = {kNowhere, 0};
       int row = first;
       if (n < count_) {
@@ -274,10 +282,10 @@ class Portion {
                       static_cast<uint32_t>(at[2]);
         NATTEN2_UNROLL
         for (int axis = 0; axis < kAxes; ++axis)
-          entry.offset += static_cast<uint32_t>(sign * (box.begin[axis] + at[axis])) * bias[axis];
+          entry.offset += static_cast<uint32_t>(sign * (box.begin[axis] + at[axis])) * bias[axis] * 4;
       }
       entries_[n] = entry;
-      rows_[n] = static_cast<uint16_t>(row);
+      offsets_[n] = static_cast<uint16_t>(row_offset<kRowBytes>(row));
     }
     // An owned token sees the places from begin to end along each axis: `place + above_begin` and `below_end - place`
     // leave all guards standing.
@@ -302,7 +310,8 @@ class Portion {
   }
 
   NATTEN2_DEVICE int count() const { return count_; }
-  NATTEN2_DEVICE const uint16_t* rows(int first) const { return rows_ + first; }
+  // Where the rows of partners from `first` on are, in the chunk's memory.
+  NATTEN2_DEVICE const uint16_t* offsets(int first) const { return offsets_ + first; }
 
   // Partners first + 8 * j + 2 * (lane % 4) and the next one.
   NATTEN2_DEVICE void find_pair(int first, int j, Entry (&pair)[2]) const {
@@ -323,7 +332,7 @@ class Portion {
   }
 
   Entry* entries_;
-  uint16_t* rows_;
+  uint16_t* offsets_;
   int count_;
   uint32_t above_begin_[2], below_end_[2];
 };
@@ -340,30 +349,50 @@ NATTEN2_DEVICE int64_t token_offset(const View& view, const Tile& tile, const in
   return offset;
 }
 
-// Starts to load the rows of a box of partners.
-template <class Number, int kChannels>
-NATTEN2_DEVICE void load_box(unsigned char* rows, const View& view, const Tile& tile, const Box& box,
-                             const Numbering& numbering, int64_t head, int channels, bool is_additional) {
-  constexpr int kRowBytes = kChannels * Number::kBytes, kPieces = kRowBytes / kPieceBytes;
-  const int piece = thread_index() % kPieces;
-  const bool is_there = piece * kPieceBytes < channels * Number::kBytes;
-  const auto* from = static_cast<const unsigned char*>(view.data) + head * Number::kBytes;
-  int64_t step[kAxes];
-  NATTEN2_UNROLL
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const int gap = is_additional ? 1 : tile.gap[axis], group = is_additional ? 0 : tile.group[axis];
-    const int64_t stride = view.axis[axis] * Number::kBytes;
-    from += static_cast<int64_t>(group + box.begin[axis] * gap) * stride;
-    step[axis] = gap * stride;
+// Where a lane's piece of a box's rows comes from. Steps count in pieces, so that 32 bits hold them.
+struct Source {
+  const unsigned char* from;
+  int32_t step[kAxes];
+  bool is_there;
+
+  NATTEN2_DEVICE Source(const View& view, const Tile& tile, const Box& box, int64_t head, uint32_t byte, int row_bytes,
+                        int number_bytes, bool is_additional) {
+    is_there = byte < static_cast<uint32_t>(row_bytes);
+    from = static_cast<const unsigned char*>(view.data) + head * number_bytes + (is_there ? byte : 0);
+    NATTEN2_UNROLL
+    for (int axis = 0; axis < kAxes; ++axis) {
+      const int gap = is_additional ? 1 : tile.gap[axis], group = is_additional ? 0 : tile.group[axis];
+      const int64_t stride = view.axis[axis] * number_bytes;
+      from += static_cast<int64_t>(group + box.begin[axis] * gap) * stride;
+      step[axis] = static_cast<int32_t>(gap * stride / kPieceBytes);
+    }
   }
-  if (is_there) from += piece * kPieceBytes;
+
+  NATTEN2_DEVICE const void* row(const int (&at)[kAxes]) const {
+    const auto along = [&](int axis) { return static_cast<int64_t>(at[axis]) * step[axis]; };
+    return from + (along(0) + along(1) + along(2)) * kPieceBytes;
+  }
+};
+
+// Starts to load the rows of a box of partners, of two tensors side by side.
+template <class Number, int kChannels>
+NATTEN2_DEVICE void load_box(unsigned char* first, unsigned char* second, const View (&views)[2],
+                             const int64_t (&heads)[2], const int (&channels)[2], const Tile& tile, const Box& box,
+                             const Numbering& numbering, bool is_additional) {
+  constexpr int kRowBytes = kChannels * Number::kBytes, kPieces = kRowBytes / kPieceBytes;
+  const uint32_t piece = thread_index() % kPieces;
+  const Source sources[2] = {
+      {views[0], tile, box, heads[0], piece * kPieceBytes, channels[0] * Number::kBytes, Number::kBytes, is_additional},
+      {views[1], tile, box, heads[1], piece * kPieceBytes, channels[1] * Number::kBytes, Number::kBytes,
+       is_additional}};
   const int count = box.count();
   NATTEN2_ROLL
-  for (int row = thread_index() / kPieces; row < count; row += kThreads / kPieces) {
+  for (int row = static_cast<int>(thread_index() / kPieces); row < count; row += kThreads / kPieces) {
     int at[kAxes];
     numbering.find(row, at);
-    copy_16(piece_of<kRowBytes>(rows, row, piece), from + at[0] * step[0] + at[1] * step[1] + at[2] * step[2],
-            is_there);
+    const uint32_t offset = row_offset<kRowBytes>(row) ^ piece * kPieceBytes;
+    copy_16(first + offset, sources[0].row(at), sources[0].is_there);
+    copy_16(second + offset, sources[1].row(at), sources[1].is_there);
   }
 }
 
@@ -371,7 +400,7 @@ NATTEN2_DEVICE void load_box(unsigned char* rows, const View& view, const Tile& 
 NATTEN2_DEVICE void load_numbers(float* numbers, const View& view, const Tile& tile, const Box& box,
                                  const Numbering& numbering, int64_t head) {
   NATTEN2_ROLL
-  for (int row = thread_index(); row < box.count(); row += kThreads) {
+  for (int row = static_cast<int>(thread_index()); row < box.count(); row += kThreads) {
     int at[kAxes];
     numbering.find(row, at);
     NATTEN2_UNROLL
@@ -386,9 +415,9 @@ NATTEN2_DEVICE void load_owned(unsigned char* rows, const View& view, const Owne
   constexpr int kRowBytes = kChannels * Number::kBytes, kPieces = kRowBytes / kPieceBytes;
   const auto* from = static_cast<const unsigned char*>(view.data) + head * Number::kBytes;
   NATTEN2_ROLL
-  for (int i = lane_index(); i < kRows * kPieces; i += kLanes) {
-    const int row = warp_index() * kRows + i / kPieces, piece = i % kPieces;
-    const bool is_there = piece * kPieceBytes < channels * Number::kBytes;
+  for (uint32_t i = lane_index(); i < kRows * kPieces; i += kLanes) {
+    const uint32_t row = warp_index() * kRows + i / kPieces, piece = i % kPieces;
+    const bool is_there = piece * kPieceBytes < static_cast<uint32_t>(channels) * Number::kBytes;
     const int64_t offset = token_offset(view, owned.tile, owned.tokens[row].position) * Number::kBytes;
     copy_16(piece_of<kRowBytes>(rows, row, piece), from + offset + (is_there ? piece * kPieceBytes : 0), is_there);
   }
@@ -399,7 +428,7 @@ template <class Number>
 NATTEN2_DEVICE void keep_finite(unsigned char* rows, int bytes) {
   auto* words = reinterpret_cast<uint32_t*>(rows);
   NATTEN2_ROLL
-  for (int i = thread_index(); i < bytes / 4; i += kThreads) words[i] = Number::keep_finite(words[i]);
+  for (int i = static_cast<int>(thread_index()); i < bytes / 4; i += kThreads) words[i] = Number::keep_finite(words[i]);
 }
 
 // Writes a warp's sums to the rows that it owns, by way of the shared memory where these lay, 16 bytes at a time.
@@ -412,7 +441,7 @@ NATTEN2_DEVICE void store_owned(const View& view, const Owned& owned, int64_t he
   sync_warp();
   NATTEN2_UNROLL
   for (int n = 0; n < kColumns / 8; ++n) {
-    const int byte = (8 * n + 2 * (lane_index() % 4)) * Number::kBytes;
+    const uint32_t byte = (8 * n + 2 * (lane_index() % 4)) * Number::kBytes;
     NATTEN2_UNROLL
     for (int half = 0; half < 2; ++half)
       Number::store_pair(
@@ -422,10 +451,12 @@ NATTEN2_DEVICE void store_owned(const View& view, const Owned& owned, int64_t he
   sync_warp();
   auto* to = static_cast<unsigned char*>(view.data) + (head + first) * Number::kBytes;
   NATTEN2_ROLL
-  for (int i = lane_index(); i < kRows * kPieces; i += kLanes) {
-    const int row = i / kPieces, piece = i % kPieces;
+  for (uint32_t i = lane_index(); i < kRows * kPieces; i += kLanes) {
+    const uint32_t row = i / kPieces, piece = i % kPieces;
     const Token& token = owned.tokens[warp_index() * kRows + row];
-    if (!token.exists || first * Number::kBytes + piece * kPieceBytes >= channels * Number::kBytes) continue;
+    if (!token.exists || channels <= first ||
+        piece * kPieceBytes >= static_cast<uint32_t>(channels - first) * Number::kBytes)
+      continue;
     const int64_t offset = token_offset(view, owned.tile, token.position) * Number::kBytes;
     *reinterpret_cast<Words*>(to + offset + piece * kPieceBytes) =
         *reinterpret_cast<const Words*>(piece_of<kRowBytes>(rows, row, piece));
