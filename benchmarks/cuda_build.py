@@ -84,7 +84,9 @@ def builds(path: Path, targets: Sequence[str] = TARGETS) -> Iterator[Build]:
         code = _run(tool, "-sass", "-arch", target, str(path))
         for function in re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]:
             name, _, body = function.partition("\n")
-            yield _build(target, name, resources[name], [(int(at, 16), text) for at, text in _INSTRUCTION.findall(body)])
+            yield _build(
+                target, name, resources[name], [(int(at, 16), text) for at, text in _INSTRUCTION.findall(body)]
+            )
 
 
 def _run(*command: str) -> str:

@@ -1,8 +1,8 @@
 """The CUDA C++ kernels on the processor: every thread a fiber, every instruction emulated lane by lane.
 
-`na_forward` and `na_backward` are those of :mod:`natten2.ops.cuda_kernels`, whose operators this module gives kernels for
-CPU tensors: the same sources, bindings included, compiled for the host. Channels are padded to the next multiple of
-eight, which the kernels take.
+`na_forward` and `na_backward` are those of :mod:`natten2.ops.cuda_kernels`, whose operators this module gives kernels
+for CPU tensors: the same sources, bindings included, compiled for the host. Channels are padded to the next multiple
+of eight, which the kernels take.
 """
 
 from __future__ import annotations

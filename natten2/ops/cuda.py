@@ -15,7 +15,7 @@ from natten2 import _extension
 from natten2.ops import cuda_kernels, reference, unfused_reference
 from natten2.ops.schemas import LIBRARY
 
-__all__ = ["RULE", "compute_capability", "unusable_triton"]
+__all__ = ["RULE", "UNUSABLE_CPP", "compute_capability", "unusable_triton"]
 
 _MAX_HEAD_DIM = 256
 _MIN_TRITON = (3, 6)
@@ -58,13 +58,7 @@ def _unusable_package() -> str | None:
     return None if version >= _MIN_TRITON else f"{wanted}, got {triton.__version__}"
 
 
-def _register(
-    name: str,
-    module: str,
-    plain: ModuleType,
-    channels: tuple[int, int],
-    unusable_cpp: Callable[..., str | None] | None = None,
-) -> None:
+def _register(name: str, module: str, plain: ModuleType, channels: tuple[int, int]) -> None:
     """Registers the GPU kernels of an operator: in CUDA C++ where these are wanted and can run, else in Triton.
 
     Args:
@@ -72,7 +66,6 @@ def _register(
         module: Where the kernel is, in `natten2.ops.triton`.
         plain: The reference.
         channels: The arguments whose last axes are channels, of queries and of values.
-        unusable_cpp: Of the operator's arguments, why its kernel in CUDA C++ can't run, or `None` where it can.
     """
 
     @cache
@@ -84,7 +77,7 @@ def _register(
         return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
 
     def on_cuda(*args: object) -> object:
-        if unusable_cpp is not None and cuda_kernels.wants_kernels() and unusable_cpp(*args) is None:
+        if cuda_kernels.wants_kernels() and name in UNUSABLE_CPP and UNUSABLE_CPP[name](*args) is None:
             _extension.load_cuda_library()
             return getattr(cuda_kernels, name)(*args)
         reason = unusable(*args)
@@ -114,8 +107,9 @@ def _has_backend(name: str) -> bool:
     return name in backends
 
 
-def _unusable_forward(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *rest: object) -> str | None:
-    additional_keys, additional_values, kernel_size, *_ = rest
+def _unusable_forward(*args: object) -> str | None:
+    """Why the kernels in CUDA C++ can't run `na_forward`, or `None` where they can."""
+    query, key, value, rpb, additional_keys, additional_values, kernel_size, *_ = args
     return cuda_kernels.unusable(
         query.dtype,
         query.shape[-1],
@@ -128,26 +122,31 @@ def _unusable_forward(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | N
     ) or cuda_kernels.unusable_tensors(query, key, value, additional_keys, additional_values)
 
 
-def _unusable_backward(grad_output: Tensor, grad_logsumexp: Tensor | None, *args: object) -> str | None:
-    *inputs, _, _, kernel_size, _, _, _, _ = args
-    return _unusable_forward(*inputs, kernel_size)
+def _unusable_backward(*args: object) -> str | None:
+    inputs, parameters = args[2:8], args[10:]
+    return _unusable_forward(*inputs, *parameters)
 
 
-def _unusable_qkv_forward(qkv: Tensor, rpb: Tensor | None, kernel_size: list[int], *rest: object) -> str | None:
-    return _unusable_forward(*qkv.unbind(-3), rpb, None, None, kernel_size)
+def _unusable_qkv_forward(qkv: Tensor, rpb: Tensor | None, *parameters: object) -> str | None:
+    return _unusable_forward(*qkv.unbind(-3), rpb, None, None, *parameters)
 
 
-def _unusable_qkv_backward(
-    grad_output: Tensor, grad_logsumexp: Tensor | None, qkv: Tensor, rpb: Tensor | None, *rest: object
-) -> str | None:
-    output, logsumexp, kernel_size, *_ = rest
-    return _unusable_qkv_forward(qkv, rpb, kernel_size)
+def _unusable_qkv_backward(*args: object) -> str | None:
+    inputs, parameters = args[2:4], args[6:]
+    return _unusable_qkv_forward(*inputs, *parameters)
 
 
-_register("na_forward", "launch", reference, (0, 2), _unusable_forward)
-_register("na_backward", "launch", reference, (2, 4), _unusable_backward)
-_register("na_qkv_forward", "launch", reference, (0, 0), _unusable_qkv_forward)
-_register("na_qkv_backward", "launch", reference, (2, 2), _unusable_qkv_backward)
+UNUSABLE_CPP = {
+    "na_forward": _unusable_forward,
+    "na_backward": _unusable_backward,
+    "na_qkv_forward": _unusable_qkv_forward,
+    "na_qkv_backward": _unusable_qkv_backward,
+}
+
+_register("na_forward", "launch", reference, (0, 2))
+_register("na_backward", "launch", reference, (2, 4))
+_register("na_qkv_forward", "launch", reference, (0, 0))
+_register("na_qkv_backward", "launch", reference, (2, 2))
 _register("na_qk", "unfused", unfused_reference, (0, 1))
 _register("na_qk_backward", "unfused", unfused_reference, (1, 2))
 _register("na_av", "unfused", unfused_reference, (1, 1))

@@ -34,6 +34,8 @@ _MAX_WINDOW = 1024
 _MAX_OFFSETS, _MAX_OFFSETS_OF_WIDE_ROWS, _WIDE_ROW_BYTES = 2048, 800, 256
 _MAX_TOKENS = 2**28
 _ALIGNMENT = 16
+# Steps along an axis count in pieces of 16 bytes, in 32 bits.
+_MAX_REACH = 2**34
 _MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Blocks among which sums with few owners are divided: on every device, so that results are equal.
@@ -41,10 +43,10 @@ _BLOCKS = 2048
 
 RULE = (
     f"NATTEN2_CUDA_KERNELS=1, a build with nvcc, an NVIDIA GPU of compute capability "
-    f"{'.'.join(map(str, _MIN_CAPABILITY))} or later, windows of fewer than {_MAX_WINDOW} keys, head_dim and value_dim in "
-    f"multiples of {_CHANNELS} up to {_MAX_ROW_BYTES} bytes, a bias of at most {_MAX_OFFSETS} offsets "
-    f"({_MAX_OFFSETS_OF_WIDE_ROWS} from {_WIDE_ROW_BYTES + 1} bytes on), fewer than 2^28 tokens, and rows at multiples of "
-    f"{_ALIGNMENT} bytes"
+    f"{'.'.join(map(str, _MIN_CAPABILITY))} or later, windows of fewer than {_MAX_WINDOW} keys, head_dim and value_dim "
+    f"in multiples of {_CHANNELS} up to {_MAX_ROW_BYTES} bytes, a bias of at most {_MAX_OFFSETS} offsets "
+    f"({_MAX_OFFSETS_OF_WIDE_ROWS} from {_WIDE_ROW_BYTES + 1} bytes on), fewer than 2^28 tokens, and rows at multiples "
+    f"of {_ALIGNMENT} bytes"
 )
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
@@ -116,8 +118,12 @@ def unusable(
 def unusable_tensors(*tensors: Tensor | None) -> str | None:
     """Why the kernels can't read tensors in place, or `None` where they can."""
     for tensor in tensors:
-        if tensor is not None and not _is_aligned(tensor):
+        if tensor is None:
+            continue
+        if not _is_aligned(tensor):
             return f"every row must begin at a multiple of {_ALIGNMENT} bytes, got strides {list(tensor.stride())}"
+        if max(tensor.stride()) * max(tensor.shape) * tensor.element_size() >= _MAX_REACH and tensor.numel() > 0:
+            return f"an axis must reach less than 2^34 bytes, got strides {list(tensor.stride())}"
     return None
 
 

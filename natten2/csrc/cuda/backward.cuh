@@ -189,11 +189,11 @@ struct BackwardKernel {
 
   NATTEN2_DEVICE static void start(State& state) {
     NATTEN2_UNROLL
-    for (auto& sum : state.first) NATTEN2_UNROLL
-    for (float& number : sum) number = 0.0f;
+    for (auto& sum : state.first)
+      for (float& number : sum) number = 0.0f;
     NATTEN2_UNROLL
-    for (auto& sum : state.second) NATTEN2_UNROLL
-    for (float& number : sum) number = 0.0f;
+    for (auto& sum : state.second)
+      for (float& number : sum) number = 0.0f;
   }
 
   NATTEN2_DEVICE static void visit(State& state, const LeftRows (&left)[2], const Portion<kRowBytes>& portion,
@@ -240,13 +240,13 @@ struct BackwardKernel {
   NATTEN2_DEVICE static void finish_gradients(float (&weight)[2][4], float (&grad)[2][4], const Pairs& pairs,
                                               const NumbersOf& numbers_of) {
     NATTEN2_UNROLL
-    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const Numbers of_query = numbers_of(j, i);
-      const float probability = power_of_two(weight[j][i] - of_query.logsumexp);
-      weight[j][i] = pairs.is_visible[j][i] ? probability : 0.0f;
-      grad[j][i] = pairs.is_visible[j][i] ? probability * (grad[j][i] - of_query.delta) : 0.0f;
-    }
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 4; ++i) {
+        const Numbers of_query = numbers_of(j, i);
+        const float probability = power_of_two(weight[j][i] - of_query.logsumexp);
+        weight[j][i] = pairs.is_visible[j][i] ? probability : 0.0f;
+        grad[j][i] = pairs.is_visible[j][i] ? probability * (grad[j][i] - of_query.delta) : 0.0f;
+      }
   }
 
   // Lanes that are equal modulo 4 hold the same key, so that each group of them takes a table, or its turn.
@@ -258,22 +258,22 @@ struct BackwardKernel {
     for (int turn = 0; turn < 4 / plan.grad_tables; ++turn) {
       const bool is_mine = plan.grad_tables == 4 || turn == column;
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (is_mine && pairs.is_visible[j][i]) *number_at(sums, pairs.offset[j][i]) += grad[j][i];
-        sync_warp();
-      }
+      for (int j = 0; j < 2; ++j)
+        for (int i = 0; i < 4; ++i) {
+          if (is_mine && pairs.is_visible[j][i]) *number_at(sums, pairs.offset[j][i]) += grad[j][i];
+          sync_warp();
+        }
     }
   }
 
   NATTEN2_DEVICE static bool has_nan(const State& state) {
     bool result = false;
     NATTEN2_UNROLL
-    for (const auto& sum : state.first) NATTEN2_UNROLL
-    for (const float number : sum) result |= number != number;
+    for (const auto& sum : state.first)
+      for (const float number : sum) result |= number != number;
     NATTEN2_UNROLL
-    for (const auto& sum : state.second) NATTEN2_UNROLL
-    for (const float number : sum) result |= number != number;
+    for (const auto& sum : state.second)
+      for (const float number : sum) result |= number != number;
     return result;
   }
 
@@ -315,15 +315,15 @@ struct BackwardKernel {
       const int64_t index = static_cast<int64_t>(owned.tile.batch) * problem.additional + token.position[kAxes - 1];
       float* row = out + (index * problem.key_heads + head) * channels;
       NATTEN2_UNROLL
-      for (int n = 0; n < kTiles; ++n) NATTEN2_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int channel = column + 8 * n + 2 * static_cast<int>(lane_index() % 4) + i;
-        if (channel < channels) row[channel] = sum[n][2 * half + i] * factor;
-      }
+      for (int n = 0; n < kTiles; ++n)
+        for (int i = 0; i < 2; ++i) {
+          const int channel = column + 8 * n + 2 * static_cast<int>(lane_index() % 4) + i;
+          if (channel < channels) row[channel] = sum[n][2 * half + i] * factor;
+        }
     }
   }
 
-  // The owners that see what isn't finite.
+  // The owners that see what isn't finite, or hold it.
   NATTEN2_APART static void gather_exactly(const BackwardCall& call, const Owned& owned, int head) {
     using Row = Spread<Number, kChannels>;
     const Backward& args = call.args;
@@ -342,7 +342,7 @@ struct BackwardKernel {
         own[which].load(rows, row_offset(rows, owned, head, token), which ? problem.value_dim : problem.head_dim);
         sum[which].fill(0.0f);
       }
-      bool sees_infinite = false;
+      bool sees_infinite = !own[0].is_finite() || !own[1].is_finite();
       const auto visit = [&](const int (&query)[kAxes], int query_head, float bias) {
         const auto number = [&](const View& view) {
           return static_cast<const float*>(

@@ -90,8 +90,8 @@ struct ForwardKernel {
 
   NATTEN2_DEVICE static void start(State& state) {
     NATTEN2_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n) NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) state.sum[n][i] = 0.0f;
+    for (int n = 0; n < kChannels / 8; ++n)
+      for (int i = 0; i < 4; ++i) state.sum[n][i] = 0.0f;
     for (int half = 0; half < 2; ++half) {
       state.peak[half] = -largest_finite();
       state.total[half] = 0.0f;
@@ -113,8 +113,8 @@ struct ForwardKernel {
         finish_scores<false>(score, Pairs(portion, first, offset), scale, bias);
       float peak[2] = {state.peak[0], state.peak[1]};
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) peak[i / 2] = fmaxf(peak[i / 2], score[j][i]);
+      for (int j = 0; j < 2; ++j)
+        for (int i = 0; i < 4; ++i) peak[i / 2] = fmaxf(peak[i / 2], score[j][i]);
       bool has_grown = false;
       NATTEN2_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -136,11 +136,11 @@ struct ForwardKernel {
         }
       }
       NATTEN2_UNROLL
-      for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        score[j][i] = power_of_two(score[j][i] - peak[i / 2]);
-        state.total[i / 2] += score[j][i];
-      }
+      for (int j = 0; j < 2; ++j)
+        for (int i = 0; i < 4; ++i) {
+          score[j][i] = power_of_two(score[j][i] - peak[i / 2]);
+          state.total[i / 2] += score[j][i];
+        }
       const typename Number::Weights weights = Number::make_weights(score, problem.is_exact);
       Number::template add_sums<kRowBytes, kChannels>(state.sum, weights, values, partners, 0, problem.is_exact);
     }
@@ -149,8 +149,8 @@ struct ForwardKernel {
   NATTEN2_DEVICE static bool has_nan(const State& state) {
     bool result = false;
     NATTEN2_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n) NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) result |= state.sum[n][i] != state.sum[n][i];
+    for (int n = 0; n < kChannels / 8; ++n)
+      for (int i = 0; i < 4; ++i) result |= state.sum[n][i] != state.sum[n][i];
     return result;
   }
 
@@ -173,7 +173,7 @@ struct ForwardKernel {
                                               args.problem.value_dim, 0, state.sum, factor, memory);
   }
 
-  // The queries that see what isn't finite.
+  // The queries that see what isn't finite, or hold it.
   NATTEN2_APART static void attend_exactly(const ForwardCall& call, const Owned& owned, int head) {
     const Forward& args = call.args;
     const Tile& tile = owned.tile;
@@ -189,7 +189,7 @@ struct ForwardKernel {
                  problem.head_dim);
       sum.fill(0.0f);
       float peak = -largest_finite(), total = 0.0f;
-      bool sees_infinite = false;
+      bool sees_infinite = !query.is_finite();
       const auto visit = [&](float bias_of_pair) {
         sees_infinite |= !key.is_finite() || !value.is_finite();
         const float score = query.dot(key) * (problem.scale * kLog2E) + bias_of_pair * kLog2E;

@@ -50,13 +50,18 @@ struct HalfPrecision {
             offsets[lane % 16] ^ lane / 16 * kPieceBytes};
   }
 
+  // What is added to scores at the end.
+  struct Rest {};
+  NATTEN2_DEVICE static void start(Rest&) {}
+  NATTEN2_DEVICE static void add_rest(float (&)[2][4], const Rest&) {}
+
   template <int kRowBytes>
   NATTEN2_DEVICE static void load_left(uint32_t (&left)[4], unsigned char* rows, int step) {
     load_matrices(left, piece_of<kRowBytes>(rows, lane_index() % 16, 2 * step + lane_index() / 16));
   }
 
   template <int kRowBytes>
-  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
+  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], Rest&, const uint32_t (&left)[4], unsigned char* rows,
                                         const Partners& partners, int step, bool) {
     uint32_t right[4];
     load_matrices(right, rows + (partners.scored ^ 2 * step * kPieceBytes));
@@ -167,8 +172,26 @@ struct Float {
     left[3] = to_bits(load(rows, upper, channel + 4));
   }
 
-  NATTEN2_DEVICE static void multiply(float (&sum)[4], const uint32_t (&left)[4], float right0, float right1,
-                                      bool is_exact) {
+  // The two smaller products, which would make NaN of an infinite one, stay apart until the end.
+  struct Rest {
+    float score[2][4];
+  };
+
+  NATTEN2_DEVICE static void start(Rest& rest) {
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 4; ++i) rest.score[j][i] = 0.0f;
+  }
+
+  NATTEN2_DEVICE static void add_rest(float (&score)[2][4], const Rest& rest) {
+    NATTEN2_UNROLL
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 4; ++i)
+        if ((to_bits(score[j][i]) & 0x7f800000u) != 0x7f800000u) score[j][i] += rest.score[j][i];
+  }
+
+  NATTEN2_DEVICE static void multiply(float (&sum)[4], float (&rest_sum)[4], const uint32_t (&left)[4], float right0,
+                                      float right1, bool is_exact) {
     uint32_t rounded[4];
     NATTEN2_UNROLL
     for (int i = 0; i < 4; ++i) rounded[i] = round_to_tf32(from_bits(left[i]));
@@ -177,20 +200,21 @@ struct Float {
       uint32_t rest[4];
       NATTEN2_UNROLL
       for (int i = 0; i < 4; ++i) rest[i] = round_to_tf32(from_bits(left[i]) - from_bits(rounded[i]));
-      multiply_tf32(sum, rest, first, second);
-      multiply_tf32(sum, rounded, round_to_tf32(right0 - from_bits(first)), round_to_tf32(right1 - from_bits(second)));
+      multiply_tf32(rest_sum, rest, first, second);
+      multiply_tf32(rest_sum, rounded, round_to_tf32(right0 - from_bits(first)),
+                    round_to_tf32(right1 - from_bits(second)));
     }
     multiply_tf32(sum, rounded, first, second);
   }
 
   template <int kRowBytes>
-  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], const uint32_t (&left)[4], unsigned char* rows,
-                                        const Partners& partners, int step, bool is_exact) {
+  NATTEN2_DEVICE static void add_scores(float (&score)[2][4], Rest& rest, const uint32_t (&left)[4],
+                                        unsigned char* rows, const Partners& partners, int step, bool is_exact) {
     const uint32_t channel = 8 * step + lane_index() % 4;
     NATTEN2_UNROLL
     for (int j = 0; j < 2; ++j)
-      multiply(score[j], left, load(rows, partners.scored[j], channel), load(rows, partners.scored[j], channel + 4),
-               is_exact);
+      multiply(score[j], rest.score[j], left, load(rows, partners.scored[j], channel),
+               load(rows, partners.scored[j], channel + 4), is_exact);
   }
 
   // A sum may take its terms in any order, so that partners 2 * t and 2 * t + 1 stand where t and t + 4 belong.
@@ -201,8 +225,8 @@ struct Float {
   NATTEN2_DEVICE static Weights make_weights(const float (&weight)[2][4], bool) {
     Weights result;
     NATTEN2_UNROLL
-    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) result.left[j][i] = to_bits(weight[j][2 * (i % 2) + i / 2]);
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 4; ++i) result.left[j][i] = to_bits(weight[j][2 * (i % 2) + i / 2]);
     return result;
   }
 
@@ -214,7 +238,7 @@ struct Float {
       const uint32_t channel = first + 8 * n + lane_index() / 4;
       NATTEN2_UNROLL
       for (int j = 0; j < 2; ++j)
-        multiply(sum[n], weights.left[j], load(rows, partners.summed[2 * j], channel),
+        multiply(sum[n], sum[n], weights.left[j], load(rows, partners.summed[2 * j], channel),
                  load(rows, partners.summed[2 * j + 1], channel), is_exact);
     }
   }

@@ -95,21 +95,24 @@ class Left {
   NATTEN2_DEVICE void multiply(float (&score)[2][4], unsigned char* rows, const typename Number::Partners& partners,
                                bool is_exact) const {
     NATTEN2_UNROLL
-    for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-    for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
+    typename Number::Rest rest;
+    Number::start(rest);
     if constexpr (kInRegisters) {
       NATTEN2_UNROLL
       for (int step = 0; step < kSteps; ++step)
-        Number::template add_scores<kRowBytes>(score, held_[step], rows, partners, step, is_exact);
+        Number::template add_scores<kRowBytes>(score, rest, held_[step], rows, partners, step, is_exact);
     } else {
       // All at once would load more than there are registers for.
       NATTEN2_UNROLL_SOME
       for (int step = 0; step < kSteps; ++step) {
         uint32_t left[4];
         Number::template load_left<kRowBytes>(left, rows_, step);
-        Number::template add_scores<kRowBytes>(score, left, rows, partners, step, is_exact);
+        Number::template add_scores<kRowBytes>(score, rest, left, rows, partners, step, is_exact);
       }
     }
+    Number::add_rest(score, rest);
   }
 
  private:
@@ -182,16 +185,16 @@ struct Pairs {
 template <bool kHasBias>
 NATTEN2_DEVICE void finish_scores(float (&score)[2][4], const Pairs& pairs, float scale, const float* bias) {
   NATTEN2_UNROLL
-  for (int j = 0; j < 2; ++j) NATTEN2_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (!pairs.is_visible[j][i]) {
-      score[j][i] = -infinity();
-    } else if constexpr (kHasBias) {
-      score[j][i] = fmaf(score[j][i], scale, *number_at(bias, pairs.offset[j][i]));
-    } else {
-      score[j][i] *= scale;
+  for (int j = 0; j < 2; ++j)
+    for (int i = 0; i < 4; ++i) {
+      if (!pairs.is_visible[j][i]) {
+        score[j][i] = -infinity();
+      } else if constexpr (kHasBias) {
+        score[j][i] = fmaf(score[j][i], scale, *number_at(bias, pairs.offset[j][i]));
+      } else {
+        score[j][i] *= scale;
+      }
     }
-  }
 }
 
 }  // namespace natten2::cuda
