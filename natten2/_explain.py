@@ -87,6 +87,8 @@ def _rule(
 
 
 def _cpp_reason(call: Call, dtype: torch.dtype, capability: tuple[int, int] | None, has_bias: bool) -> str | None:
+    if not cuda_kernels.wants_kernels():
+        return "NATTEN2_CUDA_KERNELS is not 1"
     return cuda_kernels.unusable(
         dtype,
         call.head_dim,

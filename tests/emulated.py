@@ -1,8 +1,8 @@
-"""The CUDA C++ kernels on the processor: every thread a fiber, every instruction emulated lane by lane.
+"""The CUDA C++ kernels where tests can run them: on a GPU, or on the processor, emulated lane by lane.
 
-`na_forward` and `na_backward` are those of :mod:`natten2.ops.cuda_kernels`, whose operators this module gives kernels
-for CPU tensors: the same sources, bindings included, compiled for the host. Channels are padded to the next multiple
-of eight, which the kernels take.
+`na_forward` and `na_backward` are those of :mod:`natten2.ops.cuda_kernels`. Without a GPU this module gives their
+operators kernels for CPU tensors: the same sources, bindings included, compiled for the host. Channels are padded to
+the next multiple of eight, which the kernels take.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from natten2 import _extension
 from natten2.ops import cuda_kernels
 
-__all__ = ["compiler", "library", "na_backward", "na_forward", "reversed_order"]
+__all__ = ["USES_GPU", "compiler", "library", "na_backward", "na_forward", "reversed_order", "run"]
+
+USES_GPU = torch.cuda.is_available() and _extension.cuda_library_path() is not None
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "emulation.cpp"
@@ -80,6 +83,21 @@ def reversed_order() -> Iterator[None]:
     library().natten2_reverse_emulation(False)
 
 
+def run(function: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[Tensor, ...]:
+    """Calls a function of `cuda_kernels` with tensors where its kernels run, and brings its results back."""
+    if not USES_GPU:
+        library()
+        return function(*args)
+    _extension.load_cuda_library()
+    return tuple(result.cpu() for result in function(*(_move(x) if isinstance(x, Tensor) else x for x in args)))
+
+
+def _move(tensor: Tensor) -> Tensor:
+    """A copy on the GPU whose strides, and what lies between its elements, are those of `tensor`."""
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def _prepare(tensor: object) -> object:
     """A tensor of tokens itself where the kernels take it."""
     if not isinstance(tensor, Tensor) or (tensor.shape[-1] % 8 == 0 and cuda_kernels.unusable_tensors(tensor) is None):
@@ -88,21 +106,20 @@ def _prepare(tensor: object) -> object:
 
 
 def _prepare_inputs(inputs: tuple) -> tuple:
-    library()
     return (*map(_prepare, inputs[:3]), inputs[3], *map(_prepare, inputs[4:6]))
 
 
 def na_forward(*args: object) -> tuple[Tensor, Tensor]:
     """Computes `natten2::na_forward`."""
-    output, logsumexp = cuda_kernels.na_forward(*_prepare_inputs(args), *args[6:])
+    output, logsumexp = run(cuda_kernels.na_forward, *_prepare_inputs(args), *args[6:])
     return output[..., : args[2].shape[-1]], logsumexp
 
 
 def na_backward(grad_output: Tensor, grad_logsumexp: Tensor | None, *args: object) -> tuple[Tensor, ...]:
     """Computes `natten2::na_backward`."""
     output, logsumexp, *parameters = args[6:]
-    upstream = (_prepare(grad_output), grad_logsumexp)
-    results = cuda_kernels.na_backward(*upstream, *_prepare_inputs(args), _prepare(output), logsumexp, *parameters)
+    upstream, inputs = (_prepare(grad_output), grad_logsumexp), _prepare_inputs(args)
+    results = run(cuda_kernels.na_backward, *upstream, *inputs, _prepare(output), logsumexp, *parameters)
     wanted = (*args[:3], None, *args[4:6])
     return tuple(
         result if like is None else result[..., : like.shape[-1]] for result, like in zip(results, wanted, strict=True)

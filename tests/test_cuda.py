@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels without a GPU: emulated thread by thread against the reference, and compiled.
+"""The CUDA C++ kernels against the reference: on a GPU where there is one, and else emulated thread by thread.
 
 The emulation runs the kernels' own sources, bindings included. What it can't show is what a GPU alone does: how fast
 they are, and races between a warp's lanes that its order of execution hides.
@@ -21,7 +21,9 @@ from torch import Tensor
 from natten2 import _extension
 from natten2.ops import cuda, cuda_kernels
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler: the kernels are emulated")
+pytestmark = pytest.mark.skipif(
+    not emulated.USES_GPU and emulated.compiler() is None, reason="needs a GPU, or a C++ compiler to emulate one"
+)
 
 KERNELS = (emulated.na_forward, emulated.na_backward)
 RUNS = ((torch.float32, KERNELS), (torch.float64, REFERENCE))
@@ -189,6 +191,8 @@ EVERYTHING = random_problem(
 def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype):
     problem = EVERYTHING.to(dtype)
     first = flat(run(problem, KERNELS))
+    if emulated.USES_GPU:
+        pytest.skip("a GPU has an order of its own")
     with emulated.reversed_order():
         other = flat(run(problem, KERNELS))
     assert all(map(torch.equal, first, other))
@@ -208,14 +212,13 @@ def test_parts_of_sums_are_the_whole(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_packed_is_unpacked():
-    emulated.library()
     problem = random_problem((9, 7), (3, 5), batch=2, head_dim=8, bias=True, dtype=torch.float16)
     qkv, rpb = torch.stack(problem.tensors[:3], -3), problem.tensors[3]
     (output, logsumexp), (*grads, grad_rpb, _, _) = run(problem, KERNELS)
-    results = cuda_kernels.na_qkv_forward(qkv, rpb, *problem.parameters)
+    results = emulated.run(cuda_kernels.na_qkv_forward, qkv, rpb, *problem.parameters)
     assert all(map(torch.equal, results, (output, logsumexp)))
     upstream = (problem.grad_output, problem.grad_logsumexp)
-    packed_grads = cuda_kernels.na_qkv_backward(*upstream, qkv, rpb, *results, *problem.parameters)
+    packed_grads = emulated.run(cuda_kernels.na_qkv_backward, *upstream, qkv, rpb, *results, *problem.parameters)
     assert all(map(torch.equal, packed_grads, (torch.stack(grads, -3), grad_rpb)))
 
 
@@ -232,26 +235,24 @@ def surrounded(tensor: Tensor) -> Tensor:
 
 
 def test_upstream_gradients_are_read_as_autograd_made_them():
-    emulated.library()
     problem = random_problem((12,), (5,), head_dim=8, dtype=torch.float32)
     output, logsumexp = emulated.na_forward(*problem.tensors, *problem.parameters)
     saved = (None, *problem.tensors, output, logsumexp, *problem.parameters)
     ones = torch.ones(()).expand(problem.grad_output.shape)
-    results, expected = (cuda_kernels.na_backward(grad, *saved) for grad in (ones, ones.contiguous()))
+    results, expected = (emulated.run(cuda_kernels.na_backward, grad, *saved) for grad in (ones, ones.clone()))
     assert all(map(torch.equal, results, expected))
 
 
 def test_an_empty_batch_and_no_additional_keys():
-    emulated.library()
     problem = random_problem((6,), (3,), head_dim=8, batch=2, bias=True, additional=1, dtype=torch.float32)
     for tensors in (
         [None if x is None else x if x is problem.tensors[3] else x[:0] for x in problem.tensors],
         [*problem.tensors[:4], *(x[:, :0] for x in problem.tensors[4:])],
     ):
         batch = tensors[0].shape[0]
-        output, logsumexp = cuda_kernels.na_forward(*tensors, *problem.parameters)
+        output, logsumexp = emulated.run(cuda_kernels.na_forward, *tensors, *problem.parameters)
         upstream = (problem.grad_output[:batch], problem.grad_logsumexp[:batch])
-        grads = cuda_kernels.na_backward(*upstream, *tensors, output, logsumexp, *problem.parameters)
+        grads = emulated.run(cuda_kernels.na_backward, *upstream, *tensors, output, logsumexp, *problem.parameters)
         assert [grad.shape for grad in grads] == [x.shape for x in tensors]
         expected = REFERENCE[0](*tensors, *problem.parameters)
         torch.testing.assert_close((output, logsumexp), expected)
@@ -294,12 +295,11 @@ def usable(**change: object) -> str | None:
 
 
 @pytest.fixture
-def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NATTEN2_CUDA_KERNELS", "1")
+def _built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "cuda_library_path", lambda: "_cuda.so")
 
 
-@pytest.mark.usefixtures("_wanted")
+@pytest.mark.usefixtures("_built")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -320,12 +320,16 @@ def test_what_the_kernels_cannot_do_has_a_reason(change: dict, reason: str):
     assert re.search(reason, usable(**change))
 
 
-def test_they_run_only_where_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("NATTEN2_CUDA_KERNELS", raising=False)
-    assert usable() == "NATTEN2_CUDA_KERNELS is not 1"
-    monkeypatch.setenv("NATTEN2_CUDA_KERNELS", "1")
+def test_a_build_without_nvcc_has_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "cuda_library_path", lambda: None)
     assert usable() == "natten2 was built without nvcc"
+
+
+def test_they_are_off_until_they_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NATTEN2_CUDA_KERNELS", raising=False)
+    assert not cuda_kernels.wants_kernels()
+    monkeypatch.setenv("NATTEN2_CUDA_KERNELS", "1")
+    assert cuda_kernels.wants_kernels()
 
 
 def test_rows_that_16_bytes_do_not_divide_have_a_reason():
@@ -336,7 +340,7 @@ def test_rows_that_16_bytes_do_not_divide_have_a_reason():
         assert "every row must begin at a multiple of 16 bytes" in cuda_kernels.unusable_tensors(bad)
 
 
-@pytest.mark.usefixtures("_wanted")
+@pytest.mark.usefixtures("_built")
 @pytest.mark.parametrize("is_aligned", [True, False])
 @pytest.mark.parametrize("operator", ["na_forward", "na_backward", "na_qkv_forward", "na_qkv_backward"])
 def test_the_rule_reads_each_operators_own_arguments(operator: str, is_aligned: bool, monkeypatch: pytest.MonkeyPatch):

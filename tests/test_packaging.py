@@ -40,7 +40,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "natten2", source / "natten2")
     for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    result = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    # Nobody needs nvcc; tests/test_cuda_build.py looks at what it makes.
+    options = ("--no-deps", "--no-build-isolation", "-C", "cmake.define.NATTEN2_CUDA=OFF")
+    result = run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, source)
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = folder.glob("*.whl")
     return built
@@ -62,6 +64,7 @@ def test_one_wheel_serves_every_python(wheel: Path):
     assert wheel.name.startswith(f"natten2-{natten2.__version__}-py3-none-")
     names = zipfile.ZipFile(wheel).namelist()
     assert "natten2/_C.so" in names
+    assert "natten2/_cuda.so" not in names
     assert not [name for name in names if "csrc" in name]
     assert wheel.stat().st_size < 2_000_000
 
@@ -70,6 +73,11 @@ def test_the_wheel_runs_in_an_empty_environment(environment: Path, tmp_path: Pat
     result = run(environment / "bin" / "python", "-c", PROGRAM, cwd=tmp_path, env=clean_environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == f"{natten2.__version__} (1, 8, 8, 2, 16)"
+
+
+def test_a_build_without_nvcc_says_so(environment: Path, tmp_path: Path):
+    result = run(environment / "bin" / "python", "-m", "natten2", cwd=tmp_path, env=clean_environment())
+    assert "CUDA C++ kernels  absent: natten2 was built without nvcc" in result.stdout
 
 
 def test_a_missing_library_says_what_to_do(environment: Path, tmp_path: Path):

@@ -79,7 +79,7 @@ def unusable(
     has_bias: bool,
     capability: tuple[int, int] | None,
 ) -> str | None:
-    """Why the kernels don't take a call, or `None` where they do, whatever its tensors' strides.
+    """Why the kernels don't take a call, or `None` where they do if they are wanted and the tensors' strides allow it.
 
     Args:
         dtype: The tensors' dtype.
@@ -91,8 +91,6 @@ def unusable(
         has_bias: Whether there is a relative positional bias.
         capability: Compute capability of an NVIDIA GPU, `None` for another maker's.
     """
-    if not wants_kernels():
-        return "NATTEN2_CUDA_KERNELS is not 1"
     if _extension.cuda_library_path() is None:
         return "natten2 was built without nvcc"
     if capability is None or capability < _MIN_CAPABILITY:
