@@ -120,14 +120,18 @@ run_tests() {
 # The kernels in CUDA C++: numbers, and then the tests of a GPU with them on.
 run_cuda_tests() {
     if ((!gpu)); then
-        "$PYTHON" -m pytest tests/test_cuda.py -q -m "not long" -p no:cacheprovider -k 'rule or reason or built'
+        "$PYTHON" -m pytest tests/test_cuda.py -q -m "not long" -p no:cacheprovider -k 'has_a_reason or without_nvcc'
         return
     fi
     if ! "$PYTHON" -c 'import sys; from natten2 import _extension; sys.exit(_extension.cuda_library_path() is None)'; then
         echo "natten2 was built without nvcc"
         return 77
     fi
-    "$PYTHON" -m pytest tests/test_cuda.py -q -p no:cacheprovider &&
+    local options=(-q -p no:cacheprovider)
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        options+=(-n 8)
+    fi
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests/test_cuda.py "${options[@]}" &&
         NATTEN2_CUDA_KERNELS=1 "$PYTHON" -m pytest tests/test_gpu.py -q -m "not long" -p no:cacheprovider \
             -k 'opcheck or same_bits or graph or hidden or strided or stream or two_to_the_31 or not_finite'
 }

@@ -8,6 +8,7 @@ the next multiple of eight, which the kernels take.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,29 +51,34 @@ def library() -> ctypes.CDLL:
     """The emulation, built unless a build of the same sources is there, and registered for CPU tensors."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in _DEPENDENCIES)).hexdigest()[:16]
     path = ROOT / "build" / f"emulation-{digest}-{torch.__version__}.so"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        # Tests run in several processes, of which the last one to have built it wins.
-        temporary = path.with_suffix(f".{os.getpid()}")
-        torch_path = Path(torch.__file__).parent
-        options = [
-            "-std=c++20",
-            "-O1",
-            "-fno-strict-aliasing",
-            "-shared",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-        ]
-        options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNATTEN2_CUDA_KEY=CPU", f"-I{_CSRC}"]
-        options += ["-isystem", torch_path / "include", f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
-        subprocess.run([compiler(), SOURCE, *options, "-o", temporary], check=True)
-        temporary.rename(path)
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        # Tests run in several processes.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(path)
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(str(path))
     loaded.natten2_reverse_emulation.argtypes = (ctypes.c_bool,)
     return loaded
+
+
+def _build(path: Path) -> None:
+    torch_path, temporary = Path(torch.__file__).parent, path.with_suffix(".part")
+    options = [
+        "-std=c++20",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+    ]
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNATTEN2_CUDA_KEY=CPU", f"-I{_CSRC}"]
+    options += ["-isystem", torch_path / "include", f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([compiler(), SOURCE, *options, "-o", temporary], check=True)
+    temporary.rename(path)
 
 
 @contextmanager

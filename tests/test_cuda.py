@@ -338,6 +338,9 @@ def test_rows_that_16_bytes_do_not_divide_have_a_reason():
     assert cuda_kernels.unusable_tensors(tensor[..., :1, :8]) is None
     for bad in (tensor[..., 4:12], tensor.new_zeros(2, 5, 3, 20)[..., :16], tensor.transpose(-1, -2)):
         assert "every row must begin at a multiple of 16 bytes" in cuda_kernels.unusable_tensors(bad)
+    far = torch.empty(2, 2**33, 1, 8, dtype=torch.float16, device="meta")
+    assert "an axis must reach less than 2^34 bytes" in cuda_kernels.unusable_tensors(far)
+    assert cuda_kernels.unusable_tensors(far[:, : 2**29]) is None
 
 
 @pytest.mark.usefixtures("_built")

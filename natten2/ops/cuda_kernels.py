@@ -120,7 +120,8 @@ def unusable_tensors(*tensors: Tensor | None) -> str | None:
             continue
         if not _is_aligned(tensor):
             return f"every row must begin at a multiple of {_ALIGNMENT} bytes, got strides {list(tensor.stride())}"
-        if max(tensor.stride()) * max(tensor.shape) * tensor.element_size() >= _MAX_REACH and tensor.numel() > 0:
+        axes = zip(tensor.shape[1:-2], tensor.stride()[1:-2], strict=True)
+        if max((length - 1) * stride for length, stride in axes) * tensor.element_size() >= _MAX_REACH:
             return f"an axis must reach less than 2^34 bytes, got strides {list(tensor.stride())}"
     return None
 

@@ -12,9 +12,6 @@ struct Float;
 
 enum class Dtype : int32_t { kHalf, kBFloat16, kFloat };
 
-// Null, or what went wrong.
-using Failure = const char*;
-
 template <class Number, int kChannels>
 Failure run_forward(const Forward& args, void* stream);
 

@@ -9,16 +9,9 @@
 
 namespace natten2::cuda {
 
-// Null, or what went wrong.
-using Failure = const char*;
-
 constexpr Failure kDoesNotFit = "the problem does not fit into the kernels' shared memory";
 
-// Takes memory for one block beyond what every kernel gets, and starts the kernel.
-template <class Arguments>
-Failure start_kernel(void (*kernel)(Arguments), uint32_t blocks, int rows, int shared_bytes, void* stream,
-                     const std::remove_const_t<Arguments>& args);
-
+// Starts a kernel, with the shared memory that each of its blocks needs.
 #ifdef __CUDACC__
 template <class Arguments>
 Failure start_kernel(void (*kernel)(Arguments), uint32_t blocks, int rows, int shared_bytes, void* stream,

@@ -9,6 +9,9 @@ namespace natten2::cuda {
 
 constexpr int kAxes = 3;
 
+// Null, or what went wrong.
+using Failure = const char*;
+
 // [batch, *axes, heads, channels], strides in elements and 1 between channels; or [batch, tokens, heads, channels] with
 // the tokens along the last axis; or the same without channels.
 struct View {
