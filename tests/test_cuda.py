@@ -133,6 +133,13 @@ def test_a_bias_as_large_as_the_rule_allows():
     check_reference(problem, torch.float32)
 
 
+@pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler")
+def test_every_plan_fits_where_the_rule_says_so():
+    limits = cuda_kernels._MAX_OFFSETS, cuda_kernels._MAX_OFFSETS_OF_WIDE_ROWS
+    assert emulated.library().natten2_wrong_plans(30000, *limits) == 0
+    assert emulated.library().natten2_wrong_plans(30000, limits[0], limits[0]) > 0
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad_output", "additional"])
 def test_what_is_not_finite_reaches_only_those_who_see_it(poisoned: str, number: float):

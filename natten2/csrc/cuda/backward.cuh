@@ -260,8 +260,7 @@ struct BackwardKernel {
       NATTEN2_UNROLL
       for (int j = 0; j < 2; ++j)
         for (int i = 0; i < 4; ++i) {
-          if (is_mine && pairs.is_visible[j][i]) *number_at(sums, pairs.offset[j][i]) += grad[j][i];
-          sync_warp();
+          add_apart(number_at(sums, pairs.offset[j][i]), grad[j][i], is_mine && pairs.is_visible[j][i]);
         }
     }
   }

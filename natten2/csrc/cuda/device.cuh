@@ -55,6 +55,12 @@ NATTEN2_DEVICE bool any_of_warp(bool condition) { return __any_sync(~0u, conditi
 NATTEN2_DEVICE int smallest_of_warp(int number) { return __reduce_min_sync(~0u, number); }
 NATTEN2_DEVICE int largest_of_warp(int number) { return __reduce_max_sync(~0u, number); }
 
+// Adds to shared memory, where no two lanes may add to the same number; afterwards all lanes see it.
+NATTEN2_DEVICE void add_apart(float* sum, float number, bool adds) {
+  if (adds) *sum += number;
+  __syncwarp();
+}
+
 template <class T>
 NATTEN2_DEVICE T shuffle(T number, int lane) {
   return __shfl_sync(~0u, number, lane);

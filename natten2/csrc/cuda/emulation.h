@@ -259,6 +259,18 @@ inline int largest_of_warp(int number) {
   return number;
 }
 
+inline void add_apart(float* sum, float number, bool adds) {
+  Emulation& self = Emulation::get();
+  float* mine = adds ? sum : nullptr;
+  if (adds) self.check_shared(sum, sizeof(float), sizeof(float));
+  const auto* all = self.exchange("add_apart", mine);
+  for (int lane = 0; lane < 32; ++lane)
+    if (adds && lane != self.current % 32 && Emulation::read<float*>(all[lane]) == mine)
+      self.fail("two lanes add to the same number");
+  if (adds) *sum += number;
+  self.exchange("add_apart", 0);
+}
+
 template <class T>
 T shuffle(T number, int lane) {
   return Emulation::read<T>(Emulation::get().exchange("shuffle", number)[lane % 32]);
