@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 SOURCES := CMakeLists.txt $(shell find natten2/csrc -type f)
-CPP := $(filter-out CMakeLists.txt,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
+CPP := $(filter-out CMakeLists.txt,$(SOURCES)) $(wildcard examples/cpp/*.cpp tests/*.cpp)
 
 .PHONY: demo test test-long lint format bench build clean
 

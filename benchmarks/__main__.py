@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import cpu, gpu, models, overhead, phases, triton_build
+from benchmarks import cpu, cuda_build, gpu, models, overhead, phases, triton_build
 from benchmarks.compare import WrongResultError
 
 BENCHMARKS = {
     "cpu": cpu,
+    "cuda": cuda_build,
     "gpu": gpu,
     "models": models,
     "overhead": overhead,

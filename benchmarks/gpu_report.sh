@@ -83,15 +83,15 @@ last_line() {
 # What to say of a part that was fine.
 remark() {
     case $1 in
-        tests | warm) last_line | tr -d '=' | sed 's/^ *//;s/ *$//' ;;
+        tests | cuda-tests | warm) last_line | tr -d '=' | sed 's/^ *//;s/ *$//' ;;
         bench | flex) part_log | grep -m 1 'matrix product' ;;
-        memcheck | racecheck) part_log | grep -h 'SUMMARY' | tail -n 1 ;;
+        memcheck | racecheck | cuda-mem | cuda-race) part_log | grep -h 'SUMMARY' | tail -n 1 ;;
     esac
 }
 
 build() {
     if ((gpu)); then
-        "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+        "$PYTHON" -m pip install --no-build-isolation --no-deps --editable . -C "cmake.define.NATTEN2_CUDA=${NATTEN2_CUDA:-AUTO}"
     else
         "$PYTHON" -c 'from natten2 import _extension; print(_extension.library_path())'
     fi
@@ -115,6 +115,25 @@ run_tests() {
         options+=(-n "$(nproc)" --dist worksteal)
     fi
     OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${options[@]}"
+}
+
+# The kernels in CUDA C++: numbers, and then the tests of a GPU with them on.
+run_cuda_tests() {
+    if ((!gpu)); then
+        "$PYTHON" -m pytest tests/test_cuda.py -q -m "not long" -p no:cacheprovider -k 'has_a_reason or without_nvcc'
+        return
+    fi
+    if ! "$PYTHON" -c 'import sys; from natten2 import _extension; sys.exit(_extension.cuda_library_path() is None)'; then
+        echo "natten2 was built without nvcc"
+        return 77
+    fi
+    local options=(-q -p no:cacheprovider)
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        options+=(-n 8)
+    fi
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests/test_cuda.py "${options[@]}" &&
+        NATTEN2_CUDA_KERNELS=1 "$PYTHON" -m pytest tests/test_gpu.py -q -m "not long" -p no:cacheprovider \
+            -k 'opcheck or same_bits or graph or hidden or strided or stream or two_to_the_31 or not_finite'
 }
 
 warm() {
@@ -143,7 +162,8 @@ bench() {
     return "$status"
 }
 
-sanitize() { # tool
+sanitize() { # tool, whether on kernels in CUDA C++
+    local -x NATTEN2_CUDA_KERNELS=${2:-0}
     if ((!gpu)); then
         "$PYTHON" -m benchmarks.sanitize --device cpu
         return
@@ -199,16 +219,19 @@ print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"
     touch "$status_file" "$log"
     failures=0 rows=()
     export PYTHON REPOSITORY gpu out slug log PYTHONUNBUFFERED=1
-    export -f build about run_tests warm bench sanitize part_log
+    export -f build about run_tests run_cuda_tests warm bench sanitize part_log
     part build 120 bash -c build
     part about 60 bash -c about
-    part tests 190 bash -c run_tests
-    part warm 60 bash -c warm
-    part bench 130 bash -c 'bench "gpu-$slug" 90 natten2 swin natten-hopper natten-cutlass'
+    part cuda-tests 60 bash -c run_cuda_tests
+    part tests 170 bash -c run_tests
+    part warm 50 bash -c warm
+    part bench 130 bash -c 'bench "gpu-$slug" 90 natten2 natten2-cuda swin natten-hopper natten-cutlass'
     part memcheck 60 bash -c 'sanitize memcheck'
+    part cuda-mem 40 bash -c 'sanitize memcheck 1'
     # FlexAttention compiles for many seconds per case, which would keep natten2's later cases waiting.
     part flex 100 bash -c 'bench "gpu-$slug-flex" 70 natten2 flex-tiled flex'
     part racecheck 60 bash -c 'sanitize racecheck'
+    part cuda-race 40 bash -c 'sanitize racecheck 1'
     report 2>&1 | tee "$out/report.txt"
     exit "$failures"
 }

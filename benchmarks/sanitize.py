@@ -28,6 +28,8 @@ SWEEP = (
     (Case("causal", (129,), 40, is_causal=True, head_dim=128), torch.bfloat16),
     (Case("shared-keys", (67,), 9, heads=4, key_heads=2, additional=5, head_dim=3), torch.bfloat16),
     (Case("volume", (5, 7, 9), (3, 4, 5), is_causal=(True, False, False), bias=True), torch.bfloat16),
+    (Case("wide", (9, 8), (5, 3), heads=2, key_heads=1, additional=5, head_dim=256, bias=True), torch.float16),
+    (Case("chunks", (25, 24), (21, 20), head_dim=64), torch.bfloat16),
 )
 
 

@@ -25,7 +25,18 @@ from benchmarks.report import format_table, write_json
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-__all__ = ["BUILD_CASES", "TARGETS", "Build", "BuildCase", "Target", "add_arguments", "builds", "main", "use_target"]
+__all__ = [
+    "BUILD_CASES",
+    "TARGETS",
+    "Build",
+    "BuildCase",
+    "Target",
+    "add_arguments",
+    "builds",
+    "innermost_loops",
+    "main",
+    "use_target",
+]
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,8 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
     names = (target.matrix_instruction, f"HMMA|{target.matrix_instruction}", "LDL|STL")
     matrix, product, spill = (re.compile(rf"\b({name})\b") for name in names)
     loops = [
-        [text for address, text in instructions if first <= address <= last] for first, last in _innermost(instructions)
+        [text for address, text in instructions if first <= address <= last]
+        for first, last in innermost_loops(instructions)
     ]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -203,8 +215,12 @@ def _read_cubin(compiled: CompiledKernel, target: Target) -> dict[str, int]:
     }
 
 
-def _innermost(instructions: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
-    """First and last addresses of loops that hold no other loop."""
+def innermost_loops(instructions: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
+    """First and last addresses of loops that hold no other loop.
+
+    Args:
+        instructions: Addresses and texts.
+    """
     loops = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)

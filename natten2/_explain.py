@@ -9,6 +9,7 @@ import torch
 
 from natten2._picture import describe, times
 from natten2._report import cpu_kernels
+from natten2.ops import cuda_kernels
 from natten2.ops.costs import Call
 from natten2.ops.cuda import RULE, unusable_triton
 from natten2.ops.triton.tiles import choose_tiling, count_step_parts, count_tiles
@@ -36,9 +37,13 @@ def explain(
     lines = [
         describe(shape, call.kernel_size, call.stride, call.dilation, call.is_causal),
         f"{_device(device_type, capability)}: {', '.join(_rest(call, dtype, has_bias))}",
-        *_rule(call, dtype, device_type, capability),
+        *_rule(call, dtype, device_type, capability, has_bias),
     ]
-    runs_triton = device_type == "cuda" and _reason(call, dtype, capability) is None
+    runs_triton = (
+        device_type == "cuda"
+        and _reason(call, dtype, capability) is None
+        and _cpp_reason(call, dtype, capability, has_bias) is not None
+    )
     for is_backward in (False, True):
         lines += ["", _costs(call, is_backward)]
         if runs_triton:
@@ -64,16 +69,36 @@ def _device(device_type: str, capability: tuple[int, int] | None) -> str:
     return f"cuda, compute capability {'unknown' if capability is None else '{}.{}'.format(*capability)}"
 
 
-def _rule(call: Call, dtype: torch.dtype, device_type: str, capability: tuple[int, int] | None) -> list[str]:
+def _rule(
+    call: Call, dtype: torch.dtype, device_type: str, capability: tuple[int, int] | None, has_bias: bool
+) -> list[str]:
     if device_type == "cpu":
         return [f"runs C++ kernels: {cpu_kernels()}"]
     if device_type == "mps" or (device_type == "xpu" and _reason(call, dtype, None) is not None):
         return ["runs the plain PyTorch reference"]
     if device_type == "xpu":
         return ["runs Triton kernels where Triton has Intel's backend, and else the plain PyTorch reference"]
-    reason = _reason(call, dtype, capability)
+    cpp_reason, reason = _cpp_reason(call, dtype, capability, has_bias), _reason(call, dtype, capability)
+    cpp_rule = f"the rule of CUDA C++ kernels: {cuda_kernels.RULE}"
+    if cpp_reason is None:
+        return ["runs CUDA C++ kernels, or Triton's where a row's bytes don't allow it", cpp_rule]
     state = "runs Triton kernels" if reason is None else f"runs nothing: {reason}"
-    return [state, f"the rule: {RULE}"]
+    return [state, f"the rule: {RULE}", f"not CUDA C++ kernels: {cpp_reason}", cpp_rule]
+
+
+def _cpp_reason(call: Call, dtype: torch.dtype, capability: tuple[int, int] | None, has_bias: bool) -> str | None:
+    if not cuda_kernels.wants_kernels():
+        return "NATTEN2_CUDA_KERNELS is not 1"
+    return cuda_kernels.unusable(
+        dtype,
+        call.head_dim,
+        call.value_dim,
+        call.spatial,
+        call.batch,
+        call.kernel_size,
+        has_bias=has_bias,
+        capability=capability,
+    )
 
 
 def _reason(call: Call, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["cpu_capabilities", "cpu_capability", "library_path", "set_cpu_capability"]
+__all__ = [
+    "cpu_capabilities",
+    "cpu_capability",
+    "cuda_library_path",
+    "library_path",
+    "load_cuda_library",
+    "set_cpu_capability",
+]
 
 _HOW_TO_INSTALL = "Install torch 2.11 or later, then natten2 with `pip install .` in its source folder."
 _HOW_TO_BUILD = (
@@ -29,6 +37,31 @@ def library_path() -> Path:
             f"natten2's compiled library _C is missing from {Path(__file__).parent}. {_HOW_TO_INSTALL} {_HOW_TO_BUILD}"
         )
     return Path(spec.origin)
+
+
+@cache
+def cuda_library_path() -> Path | None:
+    """Path of the compiled CUDA library, `None` where natten2 was built without nvcc."""
+    spec = importlib.util.find_spec("natten2._cuda")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+@cache
+def load_cuda_library() -> None:
+    """Loads the CUDA library, which needs neither a GPU nor a CUDA build of torch.
+
+    Raises:
+        ImportError: natten2 was built without it, or it can't be loaded.
+    """
+    path = cuda_library_path()
+    if path is None:
+        raise ImportError("natten2 was built without nvcc, and has no compiled library _cuda")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"natten2's compiled library {path} can't be loaded under torch {torch.__version__}: {error}"
+        ) from error
 
 
 def _load() -> ctypes.CDLL:

@@ -9,6 +9,7 @@ import torch
 
 from natten2 import __version__, _extension
 from natten2.ops.cuda import unusable_triton
+from natten2.ops.cuda_kernels import wants_kernels
 from natten2.ops.schemas import LIBRARY, na_backward, na_forward
 
 __all__ = ["DEVICE_TYPES", "cpu_kernels", "report"]
@@ -25,6 +26,7 @@ def report() -> str:
         "platform": platform.platform(),
         "library": str(_extension.library_path()),
         "CPU kernels": cpu_kernels(),
+        "CUDA C++ kernels": _cuda_kernels(),
         "threads": str(torch.get_num_threads()),
     }
     lines = [f"natten2 {__version__}", *_table({**facts, **(_gpus() or {"GPUs": "none"})})]
@@ -44,6 +46,17 @@ def cpu_kernels() -> str:
     """The instruction sets that can run here, and which one does."""
     reason = ", as NATTEN2_CPU_CAPABILITY asks" if os.environ.get("NATTEN2_CPU_CAPABILITY") else ""
     return f"{', '.join(_extension.cpu_capabilities())} can run here; chosen: {_extension.cpu_capability()}{reason}"
+
+
+def _cuda_kernels() -> str:
+    """Whether there are any, and whether they may run."""
+    path = _extension.cuda_library_path()
+    if path is None:
+        return "absent: natten2 was built without nvcc"
+    state = (
+        "on" if wants_kernels() else "off until they are seen to be right on a GPU: NATTEN2_CUDA_KERNELS=1 tries them"
+    )
+    return f"{path} ({state})"
 
 
 def _gpus() -> dict[str, str]:

@@ -14,7 +14,7 @@ from problems import Problem, problems
 
 from natten2 import _extension
 from natten2.__main__ import main
-from natten2.ops import cuda
+from natten2.ops import cuda, cuda_kernels
 from natten2.ops.costs import Call
 from natten2.ops.triton.tiles import Tiling, choose_tiling, count_tiles
 from natten2.ops.triton.waste import computed_pairs
@@ -118,7 +118,9 @@ def test_what_a_gpu_runs(capsys: Capture):
     assert output.startswith(
         "shape 128 x 56 x 56 x 2 x 32, kernel_size 7, stride 1, dilation 8 x 4\n"
         "cuda, compute capability 9.0: bfloat16, bias, 3 additional keys\n"
-        f"runs Triton kernels\nthe rule: {cuda.RULE}\n\n"
+        f"runs Triton kernels\nthe rule: {cuda.RULE}\n"
+        "not CUDA C++ kernels: NATTEN2_CUDA_KERNELS is not 1\n"
+        f"the rule of CUDA C++ kernels: {cuda_kernels.RULE}\n\n"
     )
     pairs = 128 * 2 * 56 * 56 * (49 + 3)
     assert f"forward: 401408 tokens, {4 * pairs * 32 / 1e9:.4g} GFLOP, at least " in output
@@ -238,3 +240,16 @@ def test_wrong_arguments(arguments: str, message: str, capsys: Capture):
     assert (exit_.value.code, captured.out) == (2, "")
     assert captured.err.startswith(f"python -m natten2 explain: error: {message}")
     assert captured.err.count("\n") == 1
+
+
+def test_what_a_gpu_runs_in_cpp(capsys: Capture, monkeypatch: Patch):
+    monkeypatch.setenv("NATTEN2_CUDA_KERNELS", "1")
+    monkeypatch.setattr(_extension, "cuda_library_path", lambda: "_cuda.so")
+    output = explained(capsys, f"--device cuda --capability 9.0 {NAT} --bias")
+    assert "runs CUDA C++ kernels" in output
+    assert cuda_kernels.RULE in output
+    assert "forward_kernel" not in output
+    output = explained(capsys, f"--device cuda --capability 9.0 {NAT} --value-dim 20")
+    assert "runs Triton kernels" in output
+    assert "not CUDA C++ kernels: value_dim must be a multiple of 8 up to 256, got 20" in output
+    assert "forward_kernel" in output

@@ -33,7 +33,19 @@ def states(output: str) -> dict[str, str]:
 def test_the_report_runs_through_and_resumes(tmp_path: Path):
     first = report("--no-gpu", str(tmp_path))
     assert first.returncode == 0, first.stdout + first.stderr
-    parts = ["build", "about", "tests", "warm", "bench", "memcheck", "flex", "racecheck"]
+    parts = [
+        "build",
+        "about",
+        "cuda-tests",
+        "tests",
+        "warm",
+        "bench",
+        "cuda-mem",
+        "cuda-race",
+        "memcheck",
+        "flex",
+        "racecheck",
+    ]
     assert states(first.stdout) == dict.fromkeys(parts, "ok")
     measured = {f"gpu-no-gpu{rival}.{kind}" for rival in ("", "-flex") for kind in ("json", "png")}
     assert {path.name for path in tmp_path.iterdir()} == measured | {"log.txt", "report.txt", "status.tsv"}
@@ -60,9 +72,12 @@ def test_a_failing_part_stops_no_other(tmp_path: Path):
     assert states(finished.stdout) == {
         "build": "ok",
         "about": "ok",
+        "cuda-tests": "failed",
         "tests": "failed",
         "warm": "failed",
         "bench": "skipped",
+        "cuda-mem": "skipped",
+        "cuda-race": "skipped",
         "memcheck": "skipped",
         "flex": "skipped",
         "racecheck": "skipped",

@@ -67,14 +67,23 @@ def test_one_wheel_serves_every_python(wheel: Path):
     assert wheel.name.startswith(f"natten2-{natten2.__version__}-py3-none-")
     names = zipfile.ZipFile(wheel).namelist()
     assert "natten2/_C.so" in names
+    has_cuda = _extension.cuda_library_path() is not None
+    assert ("natten2/_cuda.so" in names) == has_cuda
     assert not [name for name in names if "csrc" in name]
-    assert wheel.stat().st_size < 2_000_000
+    assert wheel.stat().st_size < (8_000_000 if has_cuda else 2_000_000)
 
 
 def test_the_wheel_runs_in_an_empty_environment(environment: Path, tmp_path: Path):
     result = run(environment / "bin" / "python", "-c", PROGRAM, cwd=tmp_path, env=clean_environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == f"{natten2.__version__} (1, 8, 8, 2, 16)"
+
+
+def test_a_build_without_nvcc_says_so(environment: Path, tmp_path: Path):
+    (installed,) = environment.glob("lib/*/site-packages/natten2")
+    shutil.copytree(installed, tmp_path / "natten2", ignore=shutil.ignore_patterns("_cuda.so"))
+    result = run(environment / "bin" / "python", "-m", "natten2", cwd=tmp_path, env=clean_environment())
+    assert "CUDA C++ kernels  absent: natten2 was built without nvcc" in result.stdout
 
 
 def test_a_missing_library_says_what_to_do(environment: Path, tmp_path: Path):

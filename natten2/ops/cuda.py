@@ -9,11 +9,13 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from natten2.ops import reference, unfused_reference
+from natten2 import _extension
+from natten2.ops import cuda_kernels, reference, unfused_reference
 from natten2.ops.schemas import LIBRARY
 
-__all__ = ["RULE", "compute_capability", "unusable_triton"]
+__all__ = ["RULE", "UNUSABLE_CPP", "compute_capability", "unusable_triton"]
 
 _MAX_HEAD_DIM = 256
 _MIN_TRITON = (3, 6)
@@ -57,7 +59,7 @@ def _unusable_package() -> str | None:
 
 
 def _register(name: str, module: str, plain: ModuleType, channels: tuple[int, int]) -> None:
-    """Registers the Triton kernel of an operator.
+    """Registers the GPU kernels of an operator: in CUDA C++ where these are wanted and can run, else in Triton.
 
     Args:
         name: The operator's.
@@ -75,6 +77,9 @@ def _register(name: str, module: str, plain: ModuleType, channels: tuple[int, in
         return unusable_triton(query.dtype, query.shape[-1], value.shape[-1], compute_capability(query.device))
 
     def on_cuda(*args: object) -> object:
+        if cuda_kernels.wants_kernels() and name in UNUSABLE_CPP and UNUSABLE_CPP[name](*args) is None:
+            _extension.load_cuda_library()
+            return getattr(cuda_kernels, name)(*args)
         reason = unusable(*args)
         if reason is not None:
             raise NotImplementedError(f"natten2::{name} has no kernel for this call: {reason}")
@@ -101,6 +106,42 @@ def _has_backend(name: str) -> bool:
 
     return name in backends
 
+
+def _unusable_forward(*args: object) -> str | None:
+    """Why the kernels in CUDA C++ can't run `na_forward`, or `None` where they can."""
+    query, key, value, rpb, additional_keys, additional_values, kernel_size, *_ = args
+    return cuda_kernels.unusable(
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        query.shape[1:-2],
+        query.shape[0],
+        kernel_size,
+        has_bias=rpb is not None,
+        capability=compute_capability(query.device),
+    ) or cuda_kernels.unusable_tensors(query, key, value, additional_keys, additional_values)
+
+
+def _unusable_backward(*args: object) -> str | None:
+    inputs, parameters = args[2:8], args[10:]
+    return _unusable_forward(*inputs, *parameters)
+
+
+def _unusable_qkv_forward(qkv: Tensor, rpb: Tensor | None, *parameters: object) -> str | None:
+    return _unusable_forward(*qkv.unbind(-3), rpb, None, None, *parameters)
+
+
+def _unusable_qkv_backward(*args: object) -> str | None:
+    inputs, parameters = args[2:4], args[6:]
+    return _unusable_qkv_forward(*inputs, *parameters)
+
+
+UNUSABLE_CPP = {
+    "na_forward": _unusable_forward,
+    "na_backward": _unusable_backward,
+    "na_qkv_forward": _unusable_qkv_forward,
+    "na_qkv_backward": _unusable_qkv_backward,
+}
 
 _register("na_forward", "launch", reference, (0, 2))
 _register("na_backward", "launch", reference, (2, 4))
