@@ -125,7 +125,7 @@ def test_small_windows_are_the_reference(capability: str, dtype: torch.dtype, pr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(wide_windows())
 def test_wide_windows_are_the_reference(capability: str, dtype: torch.dtype, problem: Problem):
     check_small_window(problem, dtype)
