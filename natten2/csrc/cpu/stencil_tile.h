@@ -311,12 +311,19 @@ template <int kAlone, int kBoth, bool kOnto, int kColumns, int kWidth, class Wei
     for_each([&](Lanes sum, float* out) NATTEN2_INLINE { store_lanes(splat(scale) * sum, out); });
 }
 
+#ifdef __SANITIZE_ADDRESS__
+// The compiler takes many minutes over unrolled loops that are watched.
+constexpr bool kUnrolls = false;
+#else
+constexpr bool kUnrolls = true;
+#endif
+
 // The same, with loops unrolled for the most common windows.
 template <bool kOnto, int kAlone, int kShared, int kColumns, int kWidth, class Weights>
 [[gnu::always_inline]] inline void sum_unrolled(const ColumnSums& args, const Weights& weights, float scale) {
   constexpr bool kIsWide = kColumns * kWidth == kVectors;
   const Span& span = args.span;
-  if constexpr (kIsWide && kShared > 0) {
+  if constexpr (kUnrolls && kIsWide && kShared > 0) {
     const bool is_even = kColumns == 1 || (span.first.size() == kAlone && span.second.size() == kAlone);
     const int64_t shared = kColumns == 1 ? span.first.size() : span.both.size();
     if (is_even && shared == kShared)
