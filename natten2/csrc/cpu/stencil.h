@@ -171,6 +171,17 @@ class SheetWalk {
            problem.axes[2].kernel_size >= kRows * kLanes;
   }
 
+  // A tile of one row, as often as there are rows: each is a block of its own.
+  RowTile repeated(const RowTile& tile) const {
+    RowTile rows = tile;
+    for (int r = 1; r < kRows; ++r) {
+      rows.p1[r] = tile.p1[0];
+      rows.head[r] = tile.head[0];
+      rows.keys1[r] = tile.keys1[0];
+    }
+    return rows;
+  }
+
   // Blocks from `b` on, at most kRows, whose windows slide over the same keys.
   int blocks_together(int64_t b) const {
     const Block& first = columns.block_at(b);

@@ -171,11 +171,7 @@ class StencilBackward {
 
   // Blocks of a wide window are the rows of a tile.
   void run_wide(const RowTile& tile) {
-    RowTile rows = tile;
-    for (int r = 0; r < kRows; ++r) {
-      rows.p1[r] = tile.p1[0];
-      rows.keys1[r] = tile.keys1[0];
-    }
+    RowTile rows = walk_.repeated(tile);
     const float scale = static_cast<float>(problem_.scale);
     for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
       rows.count = walk_.blocks_together(b);

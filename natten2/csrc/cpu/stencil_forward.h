@@ -71,11 +71,7 @@ class StencilForward {
 
   // Blocks of a wide window are the rows of a tile.
   void run_wide(const RowTile& tile) {
-    RowTile rows = tile;
-    for (int r = 0; r < kRows; ++r) {
-      rows.p1[r] = tile.p1[0];
-      rows.keys1[r] = tile.keys1[0];
-    }
+    RowTile rows = walk_.repeated(tile);
     for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
       rows.count = walk_.blocks_together(b);
       for (int r = 0; r < rows.count; ++r) load_queries(rows, r, walk_.columns.block_at(b + r));
