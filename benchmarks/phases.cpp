@@ -31,7 +31,7 @@ Problem problem() {
 class Tile {
  public:
   Tile() : stencil_(args_, cut_, arena_), walk_(args_, cut_, arena_) {
-    stencil_.run({}, 0);
+    stencil_.run({}, 0, 1);
     walk_.start({});
     walk_.columns.query_offsets(args_.query, 1, query_offsets_.data());
     walk_.columns.key_offsets(args_.key, key_offsets_.data());
@@ -58,7 +58,8 @@ class Tile {
 
   void score() {
     for (int64_t b = 0; b < walk_.columns.blocks(); ++b)
-      walk_.score_block(tile_, b, keys_.data(), queries_.data(), kChannels, false, 0.2f, scores_.data());
+      walk_.score_block(tile_, b, keys_.data(), queries_.data(), kChannels, false, 0.2f, scores_.data(),
+                        [](int64_t) { return Ahead{}; });
   }
 
   void softmax() {
@@ -82,7 +83,7 @@ class Tile {
   }
 
   // A whole image.
-  void run() { stencil_.run({}, 0); }
+  void run() { stencil_.run({}, 0, 1); }
 
  private:
   int64_t pitch() const { return walk_.sizes.pitch; }

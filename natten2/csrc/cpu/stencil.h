@@ -63,14 +63,51 @@ struct Sizes {
         value_vectors((problem.value_dim + kLanes - 1) / kLanes),
         row_scores(problem.axes[2].kernel_size * kLanes),
         window_scores(problem.axes[0].kernel_size * problem.axes[1].kernel_size * row_scores),
-        // An odd number of vectors spreads the channels over the sets of a cache.
-        pitch((((cut.most_keys + kLanes - 1) / kLanes + 2) | 1) * kLanes),
+        pitch(key_pitch(problem, cut)),
         sources(cut.row_slots[0] * cut.row_slots[1]),
         bias_rows(bias_entries(problem.axes[1])),
         block_bias(bias_entries(problem.axes[0]) * bias_rows * row_scores) {}
+
+  // With room for what two vectors of permuted keys reach behind the last key, which a wide window begins nearer to. An
+  // odd number of vectors spreads the channels over the sets of a cache.
+  static int64_t key_pitch(const Problem& problem, const Cut& cut) {
+    const int64_t vectors = (cut.most_keys + kLanes - 1) / kLanes;
+    return ((vectors + (problem.axes[2].kernel_size > kLanes ? 2 : 1)) | 1) * kLanes;
+  }
 };
 
 inline int64_t most_blocks(const Cut& cut) { return (cut.most_queries + kLanes - 1) / kLanes; }
+
+// Where the tokens of each block's columns are, line by line of memory: as many lines as there are channels.
+class Lines {
+ public:
+  Lines(int64_t blocks, int64_t channels, Arena& arena)
+      : blocks_(blocks), channels_(channels), lines_(arena.take<int64_t>(blocks * channels)) {}
+
+  // `offsets` are those of `columns` tokens, in elements.
+  template <class Storage>
+  void start(const int64_t* offsets, int64_t columns, int64_t token_channels) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = token_channels * static_cast<int64_t>(sizeof(Storage));
+    for (int64_t b = 0; b < blocks_; ++b) {
+      int64_t column = b * kLanes, byte = 0;
+      for (int64_t i = 0; i < channels_; ++i) {
+        const int64_t offset = offsets[smaller(column, columns - 1)];
+        lines_[b * channels_ + i] = offset * static_cast<int64_t>(sizeof(Storage)) + byte;
+        byte += kLine;
+        if (byte < bytes) continue;
+        byte = 0;
+        ++column;
+      }
+    }
+  }
+
+  const int64_t* block(int64_t b) const { return lines_ + b * channels_; }
+
+ private:
+  int64_t blocks_, channels_;
+  int64_t* lines_;
+};
 
 // The part of a stencil that doesn't know what its rows hold.
 class SheetWalk {
@@ -142,9 +179,29 @@ class SheetWalk {
            (row0 * sizes.bias_rows + row1) * sizes.row_scores;
   }
 
-  // Writes the scaled and biased scores of a block. `keys` holds the rows of all slots by channel.
+  // What the block after `b` reads of query row r: in this tile, or the next one.
+  template <class Storage>
+  Ahead queries_ahead(const View& view, const Lines& lines, const RowTile& tile, int64_t b, int r) const {
+    if (r >= tile.count) return {};
+    if (b + 1 < columns.blocks()) return ahead<Storage>(view, tile.p0, tile.p1[r], tile.head[r], lines.block(b + 1));
+    const int64_t row = tile.p1[r] * sizes.heads_per_key + tile.head[r] + kRows;
+    const int64_t p1 = row / sizes.heads_per_key;
+    return p1 < height() ? ahead<Storage>(view, tile.p0, p1, row % sizes.heads_per_key, lines.block(0)) : Ahead{};
+  }
+
+  // What the next tile reads, under block `b`, of number `n` of the key rows that it is the first to see: kRows of each
+  // plane.
+  template <class Storage>
+  Ahead keys_ahead(const View& view, const Lines& lines, const RowTile& tile, int64_t b, int64_t n) const {
+    const int64_t p0 = tile.keys0.begin + n / kRows, p1 = tile.all_keys1.end + n % kRows;
+    return p0 < tile.keys0.end && p1 < height() ? ahead<Storage>(view, p0, p1, 0, lines.block(b)) : Ahead{};
+  }
+
+  // Writes the scaled and biased scores of a block. `keys` holds the rows of all slots by channel. Meanwhile, what
+  // `ahead(s)` wants is fetched for each of these rows, s counting from 0.
+  template <class AheadOf>
   void score_block(const RowTile& tile, int64_t b, const float* keys, const float* queries, int64_t channels,
-                   bool is_biased, float scale, float* out) const {
+                   bool is_biased, float scale, float* out, AheadOf&& ahead) const {
     const Block& block = columns.block_at(b);
     Scores scores;
     scores.pitch = sizes.pitch;
@@ -157,6 +214,7 @@ class SheetWalk {
       scores.keys = keys + row.slot * channels * sizes.pitch + block.key;
       scores.next = s + 1 < key_row_count ? (key_rows[s + 1].slot - row.slot) * channels * sizes.pitch : 0;
       scores.queries = queries + row.begin * channels * kLanes;
+      scores.ahead = ahead(s);
       for (int r = row.begin; r < row.end; ++r) {
         scores.bias[r - row.begin] = is_biased ? bias_ + bias_offset(tile, r, row, b) : nullptr;
         scores.out[r - row.begin] = out + row.scores[r];
@@ -196,12 +254,14 @@ class SheetWalk {
   // Scores `count` such blocks: their queries, and scores, are the rows of a tile.
   void score_blocks(const RowTile& tile, int64_t b, int count, const float* keys, const float* queries,
                     int64_t channels, bool is_biased, float scale, float* out) const {
-    if (count == 1) return score_block(tile, b, keys, queries, channels, is_biased, scale, out);
+    if (count == 1)
+      return score_block(tile, b, keys, queries, channels, is_biased, scale, out, [](int64_t) { return Ahead{}; });
     const int64_t window = problem.axes[2].kernel_size;
     const KeyRow& row = key_rows[0];
     Scores scores;
     scores.pitch = sizes.pitch;
     scores.next = 0;
+    scores.ahead = {};
     scores.query_row = channels * kLanes;
     scores.channels = channels;
     scores.scale = scale;
@@ -262,6 +322,12 @@ class SheetWalk {
   int64_t key_row_count = 0;
 
  private:
+  template <class Storage>
+  Ahead ahead(const View& view, int64_t p0, int64_t p1, int64_t head, const int64_t* lines) const {
+    return {reinterpret_cast<const char*>(static_cast<const Storage*>(view.data) + row_offset(view, p0, p1, head)),
+            lines};
+  }
+
   // Writes the bias of each block for all distances of rows, by slot and lane.
   void expand_bias() {
     const int64_t keys = problem.axes[2].kernel_size, entries = bias_entries(problem.axes[2]);
@@ -288,6 +354,7 @@ class SheetWalk {
 template <class TokensOf, class Act>
 inline void for_each_sum(int64_t count, int64_t vectors, TokensOf&& tokens_of, Act&& act) {
   constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
   const auto run = [&](auto most, auto width, int64_t vector) {
     for (int64_t column = 0; column < count; ++column) {
       const Interval tokens = tokens_of(column);
@@ -304,11 +371,8 @@ inline void for_each_sum(int64_t count, int64_t vectors, TokensOf&& tokens_of, A
     }
   };
   int64_t vector = 0;
-  for (; vector + kVectors <= vectors; vector += kVectors) run(kOne, std::integral_constant<int, kVectors>(), vector);
-  if constexpr (kVectors == 4)
-    for (; vector + 2 <= vectors; vector += 2)
-      run(std::integral_constant<int, 2>(), std::integral_constant<int, 2>(), vector);
-  for (; vector < vectors; ++vector) run(std::integral_constant<int, 2>(), std::integral_constant<int, 1>(), vector);
+  for (; vector + 2 <= vectors; vector += 2) run(std::integral_constant<int, kVectors / 2>(), kTwo, vector);
+  for (; vector < vectors; ++vector) run(kTwo, kOne, vector);
 }
 
 // The rows of tokens that a sum writes: whole vectors of float32 as they are, others by way of a buffer.

@@ -18,6 +18,9 @@ class StencilBackward {
         sizes_(walk_.sizes),
         key_channels_(sizes_.key_vectors * kLanes),
         value_channels_(sizes_.value_vectors * kLanes),
+        together_(together(walk_, cut)),
+        row_columns_(walk_.is_wide() ? kLanes : together_ * kLanes),
+        block_scores_(kRows * sizes_.window_scores),
         sums_(cut.row_slots[0], problem_.axes[0].length > 1 ? cut.rows : cut.row_slots[1], arena),
         query_offsets_(arena.take<int64_t>(cut.most_queries)),
         output_offsets_(arena.take<int64_t>(cut.most_queries)),
@@ -32,6 +35,8 @@ class StencilBackward {
         owned_keys_(arena.take<int32_t>(cut.most_keys)),
         seen_begin_(arena.take<int32_t>(cut.most_keys)),
         seen_end_(arena.take<int32_t>(cut.most_keys)),
+        weight_offsets_(arena.take<int32_t>(larger(kRows, together_) * kLanes)),
+        lines_{lines(arena), lines(arena), lines(arena), lines(arena), lines(arena)},
         sources_(arena.take<Source>(sizes_.sources)),
         owned_rows_(arena.take<OwnedRow>(sizes_.sources)),
         keys_by_channel_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
@@ -39,27 +44,36 @@ class StencilBackward {
         keys_(arena.take<float>(walk_.slots.size() * cut.most_keys * key_channels_)),
         grad_keys_(arena.take<float>(sums_.size() * cut.most_keys * key_channels_)),
         grad_values_(arena.take<float>(sums_.size() * cut.most_keys * value_channels_)),
-        queries_(arena.take<float>(kRows * kLanes * key_channels_)),
-        grad_outputs_(arena.take<float>(kRows * kLanes * value_channels_)),
+        queries_(arena.take<float>(kRows * row_columns_ * key_channels_)),
+        grad_outputs_(arena.take<float>(kRows * row_columns_ * value_channels_)),
         queries_by_channel_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
         grad_outputs_by_channel_(arena.take<float>(kRows * problem_.value_dim * kLanes)),
-        weights_(arena.take<float>(kRows * sizes_.window_scores)),
-        grad_scores_(arena.take<float>(kRows * sizes_.window_scores)),
+        weights_(arena.take<float>(together_ * block_scores_)),
+        grad_scores_(arena.take<float>(together_ * block_scores_)),
         grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
         grad_bias_(arena.take<float>(grad_bias_size_)) {}
 
   void start() { fill_zero(grad_bias_, grad_bias_size_); }
 
-  void run(const Sheet& sheet) {
+  // Runs `strips` strips that follow each other, several only where there is one plane, and calls `end_strip` when a
+  // strip's share of the bias's gradient is summed up.
+  template <class EndStrip>
+  void run(const Sheet& sheet, int64_t strips, EndStrip&& end_strip) {
     if (walk_.start(sheet)) start_columns();
     sums_.clear();
     const int64_t depth = walk_.depth(), height = walk_.height();
-    rows_ = {smaller(height, sheet.strip * cut_.rows), smaller(height, (sheet.strip + 1) * cut_.rows)};
-    if (rows_.size() <= 0 || walk_.columns.queries() == 0) return;
-    const Interval queries = visited(Visit::kSeeing, problem_.axes[1], height, rows_);
-    for (int64_t p0 = 0; p0 < depth; ++p0)
-      for_each_row_tile(problem_, height, depth, p0, queries, [&](const RowTile& tile) { run_tile(tile); });
-    for (int64_t slot = 0; slot < sums_.size(); ++slot) flush(slot);
+    rows_ = {smaller(height, sheet.strip * cut_.rows), smaller(height, (sheet.strip + strips) * cut_.rows)};
+    int64_t strip = sheet.strip;
+    if (rows_.size() > 0 && walk_.columns.queries() > 0) {
+      const Interval queries = visited(Visit::kSeeing, problem_.axes[1], height, rows_);
+      for (int64_t p0 = 0; p0 < depth; ++p0)
+        for_each_row_tile(problem_, height, depth, p0, queries, [&](const RowTile& tile) {
+          for (; strip + 1 < sheet.strip + strips && tile.p1[0] >= (strip + 1) * cut_.rows; ++strip) end_strip();
+          run_tile(tile);
+        });
+      for (int64_t slot = 0; slot < sums_.size(); ++slot) flush(slot);
+    }
+    for (; strip < sheet.strip + strips; ++strip) end_strip();
   }
 
   // Adds the gradient of the bias, which all sheets since `start` have summed up, to the heads'. Every chunk that has
@@ -95,6 +109,18 @@ class StencilBackward {
     float* grad_values;
   };
 
+  // Blocks whose weights are kept until their keys' gradients are summed: the more, the fewer keys get theirs in parts.
+  static int64_t together(const SheetWalk& walk, const Cut& cut) {
+    // With what else a tile needs, they stay in the second cache.
+    constexpr int64_t kMostFloats = 65536;
+    if (walk.is_wide()) return 1;
+    return larger(1, smaller(most_blocks(cut), kMostFloats / (2 * kRows * walk.sizes.window_scores)));
+  }
+
+  Lines lines(Arena& arena) const {
+    return {walk_.is_wide() ? 0 : most_blocks(cut_), larger(problem_.head_dim, problem_.value_dim), arena};
+  }
+
   void start_columns() {
     const Columns& columns = walk_.columns;
     const Forward& forward = args_.forward;
@@ -113,6 +139,12 @@ class StencilBackward {
       for (int64_t p = line.keys.begin; p < line.keys.end; ++p)
         owned_keys_[line.key_column + p - line.keys.begin] = line.owned.begin <= p && p < line.owned.end;
     }
+    lines_[0].template start<Storage>(query_offsets_, columns.queries(), problem_.head_dim);
+    lines_[1].template start<Storage>(grad_output_offsets_, columns.queries(), problem_.value_dim);
+    lines_[2].template start<Storage>(output_offsets_, columns.queries(), problem_.value_dim);
+    lines_[3].template start<Storage>(key_offsets_, columns.keys(), problem_.head_dim);
+    lines_[4].template start<Storage>(value_offsets_, columns.keys(), problem_.value_dim);
+    found_ = -1;
     walk_.clear_padding(keys_by_channel_, problem_.head_dim);
     walk_.clear_padding(values_by_channel_, problem_.value_dim);
   }
@@ -135,7 +167,13 @@ class StencilBackward {
       owned_rows_[owned_count_++] = {&row, grad_key_row(slot), grad_value_row(slot)};
     }
     if (walk_.is_wide()) return run_wide(tile);
-    for (int64_t b = 0; b < walk_.columns.blocks(); ++b) run_block(tile, b);
+    for (int64_t first = 0; first < walk_.columns.blocks(); first += together_) {
+      const int64_t count = smaller(together_, walk_.columns.blocks() - first);
+      for (int64_t i = 0; i < count; ++i) run_block(tile, first + i, i);
+      if (found_ != first) find_seen(first, count, block_scores_);
+      found_ = first;
+      sum_grad_keys(tile);
+    }
   }
 
   void load_key_row(const SheetWalk::KeyRow& row) {
@@ -150,23 +188,29 @@ class StencilBackward {
     load_by_token(keys, key_offsets_, count, problem_.head_dim, keys_ + row.slot * cut_.most_keys * key_channels_);
   }
 
-  void run_block(const RowTile& tile, int64_t b) {
+  // All that a block needs on its own: its keys' gradients wait for those of its neighbors. It is number `i` of those
+  // that are kept.
+  void run_block(const RowTile& tile, int64_t b, int64_t i) {
     const Block& block = walk_.columns.block_at(b);
-    for (int r = 0; r < tile.count; ++r) load_queries(tile, block, r);
+    float *weights = weights_ + i * block_scores_, *grad_scores = grad_scores_ + i * block_scores_;
+    for (int r = 0; r < tile.count; ++r) load_queries(tile, block, r, r * row_columns_ + i * kLanes);
     walk_.score_block(tile, b, keys_by_channel_, queries_by_channel_, problem_.head_dim, args_.forward.rpb,
-                      static_cast<float>(problem_.scale), weights_);
-    walk_.score_block(tile, b, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false, 1,
-                      grad_scores_);
-    for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
-    if (grad_bias_size_ > 0) add_bias(tile, b);
-    sum_grad_queries(tile, block);
-    find_seen(b, 1);
-    for (int64_t first = 0; first < owned_count_;) {
-      int64_t end = first + 1;
-      while (end < owned_count_ && end - first < kRows && owned_rows_[end].row->p0 == owned_rows_[first].row->p0) ++end;
-      sum_grad_keys(tile, owned_rows_ + first, end - first);
-      first = end;
-    }
+                      static_cast<float>(problem_.scale), weights, [&](int64_t s) { return ahead(tile, b, s); });
+    walk_.score_block(tile, b, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false, 1, grad_scores,
+                      [&](int64_t s) { return ahead(tile, b, walk_.key_row_count + s); });
+    for (int r = 0; r < tile.count; ++r) weigh(tile, r, block, weights, grad_scores);
+    if (grad_bias_size_ > 0) add_bias(tile, b, grad_scores);
+    sum_grad_queries(tile, block, grad_scores);
+  }
+
+  // What is read soon: number `n` of the rows.
+  Ahead ahead(const RowTile& tile, int64_t b, int64_t n) const {
+    const View* const views[] = {&args_.forward.query, &args_.grad_output, &args_.forward.output, &args_.forward.key,
+                                 &args_.forward.value};
+    const int64_t i = n / kRows;
+    if (i < 3) return walk_.template queries_ahead<Storage>(*views[i], lines_[i], tile, b, static_cast<int>(n % kRows));
+    const int64_t k = 3 + (i - 3) % 2;
+    return walk_.template keys_ahead<Storage>(*views[k], lines_[k], tile, b, (i - 3) / 2 * kRows + n % kRows);
   }
 
   // Blocks of a wide window are the rows of a tile.
@@ -175,7 +219,7 @@ class StencilBackward {
     const float scale = static_cast<float>(problem_.scale);
     for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
       rows.count = walk_.blocks_together(b);
-      for (int r = 0; r < rows.count; ++r) load_queries(rows, walk_.columns.block_at(b + r), r);
+      for (int r = 0; r < rows.count; ++r) load_queries(rows, walk_.columns.block_at(b + r), r, r * kLanes);
       walk_.score_blocks(tile, b, rows.count, keys_by_channel_, queries_by_channel_, problem_.head_dim,
                          args_.forward.rpb, scale, weights_);
       walk_.score_blocks(tile, b, rows.count, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false,
@@ -183,7 +227,7 @@ class StencilBackward {
       Storage* row = row_of<Storage>(args_.grad_query, tile, 0);
       for (int r = 0; r < rows.count; ++r) {
         const Block& block = walk_.columns.block_at(b + r);
-        weigh(rows, r, block);
+        weigh(rows, r, block, weights_, grad_scores_);
         const float* grad_scores = grad_scores_ + r * sizes_.window_scores;
         if (grad_bias_size_ > 0)
           add_row(grad_scores, grad_bias_ + walk_.bias_offset(tile, 0, walk_.key_rows[0], b + r));
@@ -193,28 +237,28 @@ class StencilBackward {
                                   [&](int64_t column) { return owned[column] ? row + offsets[column] : nullptr; });
       }
       if (owned_count_ == 0) continue;
-      find_seen(b, rows.count);
+      find_seen(b, rows.count, sizes_.window_scores);
       sum_wide_into(queries_, sizes_.key_vectors, grad_scores_, owned_rows_[0].grad_keys);
       sum_wide_into(grad_outputs_, sizes_.value_vectors, weights_, owned_rows_[0].grad_values);
     }
   }
 
   // Turns the scores of a query row into weights, and their gradients into those of the scores.
-  void weigh(const RowTile& tile, int r, const Block& block) {
+  void weigh(const RowTile& tile, int r, const Block& block, float* all_weights, float* all_grad_scores) {
     const Lanes logsumexp = logsumexp_[r], delta = delta_[r];
     walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
-      float *weights = weights_ + first, *grad_scores = grad_scores_ + first;
+      float *weights = all_weights + first, *grad_scores = all_grad_scores + first;
       for (int64_t i = 0; i < vectors; ++i, weights += kLanes, grad_scores += kLanes) {
         const Lanes weight = exponential(load_lanes(weights) - logsumexp);
         store_lanes(weight, weights);
         store_lanes(weight * (load_lanes(grad_scores) - delta), grad_scores);
       }
     });
-    walk_.hide(tile, r, block, 0, grad_scores_);
+    walk_.hide(tile, r, block, 0, all_grad_scores);
   }
 
-  // Loads a row of queries and what belongs to them: by token, and by channel.
-  void load_queries(const RowTile& tile, const Block& block, int r) {
+  // Loads a row of queries and what belongs to them: by token, from number `first` on, and by channel.
+  void load_queries(const RowTile& tile, const Block& block, int r, int64_t first) {
     int64_t offsets[kLanes];
     const auto load_both = [&](const View& view, const int64_t* token_offsets, int64_t channels, int64_t width,
                                float* by_token, float* by_channel) {
@@ -222,9 +266,9 @@ class StencilBackward {
       for (int64_t i = 0; i < kLanes; ++i) offsets[i] = i * width;
       load_by_channel<float>(by_token, offsets, block.count, channels, by_channel, kLanes);
     };
-    float* grad_outputs = grad_outputs_ + r * kLanes * value_channels_;
-    load_both(args_.forward.query, query_offsets_, problem_.head_dim, key_channels_,
-              queries_ + r * kLanes * key_channels_, queries_by_channel_ + r * problem_.head_dim * kLanes);
+    float* grad_outputs = grad_outputs_ + first * value_channels_;
+    load_both(args_.forward.query, query_offsets_, problem_.head_dim, key_channels_, queries_ + first * key_channels_,
+              queries_by_channel_ + r * problem_.head_dim * kLanes);
     load_both(args_.grad_output, grad_output_offsets_, problem_.value_dim, value_channels_, grad_outputs,
               grad_outputs_by_channel_ + r * problem_.value_dim * kLanes);
     const Storage* outputs = row_of<const Storage>(args_.forward.output, tile, r);
@@ -250,11 +294,11 @@ class StencilBackward {
   }
 
   // Adds the gradients of a block's scores to those of the bias, by slot and lane.
-  void add_bias(const RowTile& tile, int64_t b) {
+  void add_bias(const RowTile& tile, int64_t b, const float* grad_scores) {
     for (int64_t s = 0; s < walk_.key_row_count; ++s) {
       const SheetWalk::KeyRow& row = walk_.key_rows[s];
       for (int r = row.begin; r < row.end; ++r) {
-        if (owns(tile, r)) add_row(grad_scores_ + row.scores[r], grad_bias_ + walk_.bias_offset(tile, r, row, b));
+        if (owns(tile, r)) add_row(grad_scores + row.scores[r], grad_bias_ + walk_.bias_offset(tile, r, row, b));
       }
     }
   }
@@ -264,20 +308,20 @@ class StencilBackward {
       store_lanes(load_lanes(sums + i) + load_lanes(grads + i), sums + i);
   }
 
-  void sum_grad_queries(const RowTile& tile, const Block& block) {
+  void sum_grad_queries(const RowTile& tile, const Block& block, const float* grad_scores) {
     Storage* rows[kRows] = {};
     for (int r = 0; r < tile.count; ++r)
       if (owns(tile, r)) rows[r] = row_of<Storage>(args_.grad_query, tile, r);
     const int64_t* offsets = grad_query_offsets_ + block.first;
     const int32_t* owned = walk_.columns.owned() + block.first;
-    sum_queries<Storage>(walk_.columns, block, sources_, walk_.key_row_count, grad_scores_, problem_.head_dim,
+    sum_queries<Storage>(walk_.columns, block, sources_, walk_.key_row_count, grad_scores, problem_.head_dim,
                          static_cast<float>(problem_.scale), [&](int r, int64_t column) {
                            return rows[r] && owned[column] ? rows[r] + offsets[column] : nullptr;
                          });
   }
 
-  // Finds the lanes of `count` blocks that follow each other that see each key column.
-  void find_seen(int64_t b, int count) {
+  // Finds the lanes of `count` blocks, whose weights are `block_step` apart, that see each key column.
+  void find_seen(int64_t b, int64_t count, int64_t block_step) {
     const Block &first = walk_.columns.block_at(b), &last = walk_.columns.block_at(b + count - 1);
     const int64_t lanes = last.first + last.count - first.first;
     const int32_t* sizes = walk_.columns.sizes() + first.first;
@@ -285,12 +329,11 @@ class StencilBackward {
     seen_keys_ = {first.key, first.key};
     for (int64_t i = 0; i < lanes; ++i) seen_keys_.end = larger(seen_keys_.end, starts[i] + sizes[i]);
     for (int64_t key = seen_keys_.begin; key < seen_keys_.end; ++key) {
-      seen_begin_[key] = kRows * kLanes;
+      seen_begin_[key] = INT32_MAX;
       seen_end_[key] = 0;
     }
     for (int32_t i = 0; i < lanes; ++i) {
-      weight_offsets_[i] =
-          static_cast<int32_t>(i / kLanes * sizes_.window_scores + i % kLanes - starts[i] * int64_t{kLanes});
+      weight_offsets_[i] = static_cast<int32_t>(i / kLanes * block_step + i % kLanes - starts[i] * int64_t{kLanes});
       for (int64_t key = starts[i]; key < starts[i] + sizes[i]; ++key) {
         seen_begin_[key] = i < seen_begin_[key] ? i : seen_begin_[key];
         seen_end_[key] = i + 1;
@@ -303,12 +346,22 @@ class StencilBackward {
     return owned_keys_[key] ? Interval{seen_begin_[key], seen_end_[key]} : Interval{};
   }
 
-  // Adds what a block's queries give to the gradients of up to kRows key rows that follow each other.
+  // Adds what the queries of the blocks that are kept give to the gradients of their keys.
+  void sum_grad_keys(const RowTile& tile) {
+    for (int64_t first = 0; first < owned_count_;) {
+      int64_t end = first + 1;
+      while (end < owned_count_ && end - first < kRows && owned_rows_[end].row->p0 == owned_rows_[first].row->p0) ++end;
+      sum_grad_keys(tile, owned_rows_ + first, end - first);
+      first = end;
+    }
+  }
+
+  // Up to kRows key rows that follow each other.
   void sum_grad_keys(const RowTile& tile, const OwnedRow* rows, int64_t count) {
     Source queries[kRows], grad_outputs[kRows];
     int sources = 0;
     for (int r = 0; r < tile.count; ++r) {
-      Source source = {queries_ + r * kLanes * key_channels_, kRows, 0, {}};
+      Source source = {queries_ + r * row_columns_ * key_channels_, kRows, 0, {}};
       for (int u = 0; u < count; ++u) {
         if (r < rows[u].row->begin || rows[u].row->end <= r) continue;
         source.begin = u < source.begin ? u : source.begin;
@@ -317,7 +370,7 @@ class StencilBackward {
       }
       if (source.end == 0) continue;
       queries[sources] = grad_outputs[sources] = source;
-      grad_outputs[sources++].tokens = grad_outputs_ + r * kLanes * value_channels_;
+      grad_outputs[sources++].tokens = grad_outputs_ + r * row_columns_ * value_channels_;
     }
     float *grad_keys[kRows] = {}, *grad_values[kRows] = {};
     for (int u = 0; u < count; ++u) {
@@ -328,7 +381,7 @@ class StencilBackward {
     sum_into(grad_outputs, sources, sizes_.value_vectors, weights_, grad_values);
   }
 
-  // Adds weighted tokens of a block to the sums of the key columns that they see.
+  // Adds weighted tokens to the sums of the key columns that they see.
   void sum_into(const Source* sources, int64_t count, int64_t vectors, const float* weights,
                 float* const (&rows)[kRows]) const {
     const int64_t channels = vectors * kLanes;
@@ -401,16 +454,20 @@ class StencilBackward {
   SheetWalk walk_;
   const Sizes& sizes_;
   const int64_t key_channels_, value_channels_;  // of a token, in whole vectors
+  const int64_t together_;                       // blocks
+  const int64_t row_columns_;                    // between the query rows of a tile
+  const int64_t block_scores_;
   RowSlots sums_;
   Interval rows_ = {};  // of the middle axis, that the sheet owns
   Interval seen_keys_ = {};
   int64_t owned_count_ = 0;
+  int64_t found_ = -1;  // the first of the blocks whose seen keys are known
   Lanes logsumexp_[kRows];
   Lanes delta_[kRows];
-  int32_t weight_offsets_[kRows * kLanes];
   int64_t *query_offsets_, *output_offsets_, *grad_output_offsets_, *logsumexp_offsets_, *grad_logsumexp_offsets_;
   int64_t *grad_query_offsets_, *key_offsets_, *value_offsets_, *grad_key_offsets_, *grad_value_offsets_;
-  int32_t *owned_keys_, *seen_begin_, *seen_end_;
+  int32_t *owned_keys_, *seen_begin_, *seen_end_, *weight_offsets_;
+  Lines lines_[5];  // of queries, gradients of outputs, outputs, keys, and values
   Source* sources_;
   OwnedRow* owned_rows_;
   float *keys_by_channel_, *values_by_channel_, *keys_;
@@ -477,15 +534,24 @@ struct StencilBackwardPass {
     const int64_t dilation0 = problem.axes[0].dilation, dilation1 = problem.axes[1].dilation;
     Arena arena(scratch);
     StencilBackward<Storage> stencil(args, cut, arena);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task % shares, tile = task / shares % cut.tiles, chunk = task / shares / cut.tiles;
+    for (int64_t task = begin; task < end;) {
+      const int64_t tile = task / shares % cut.tiles, chunk = task / shares / cut.tiles;
+      const int64_t next = smaller(end, (task / shares + 1) * shares);
+      int64_t share = task % shares, sheet = sheets * share / shares;
+      const int64_t end_sheet = sheets * (share + next - task) / shares;
       stencil.start();
-      for (int64_t sheet = sheets * share / shares; sheet < sheets * (share + 1) / shares; ++sheet) {
+      while (sheet < end_sheet) {
         const int64_t strip = sheet % cut.strips, group1 = sheet / cut.strips % dilation1;
         const int64_t group0 = sheet / cut.strips / dilation1 % dilation0;
-        stencil.run({chunk, tile, sheet / cut.strips / dilation1 / dilation0, group0, group1, strip});
+        // Strips that follow each other are done as one, so that what both see is computed once.
+        const int64_t strips = problem.axes[0].length > 1 ? 1 : smaller(cut.strips - strip, end_sheet - sheet);
+        stencil.run({chunk, tile, sheet / cut.strips / dilation1 / dilation0, group0, group1, strip}, strips, [&] {
+          if (++sheet < sheets * (share + 1) / shares) return;
+          stencil.finish(cut.tiles * shares, tile * shares + share++);
+          stencil.start();
+        });
       }
-      stencil.finish(cut.tiles * shares, tile * shares + share);
+      task = next;
     }
   }
 };

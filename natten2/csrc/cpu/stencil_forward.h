@@ -20,13 +20,15 @@ class StencilForward {
         value_offsets_(arena.take<int64_t>(cut.most_keys)),
         output_offsets_(arena.take<int64_t>(cut.most_queries)),
         logsumexp_offsets_(arena.take<int64_t>(cut.most_queries)),
+        lines_{lines(arena), lines(arena), lines(arena)},
         sources_(arena.take<Source>(sizes_.sources)),
         keys_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
         values_(arena.take<float>(walk_.slots.size() * cut.most_keys * sizes_.value_vectors * kLanes)),
         queries_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
         scores_(arena.take<float>(kRows * sizes_.window_scores)) {}
 
-  void run(const Sheet& sheet, int64_t p0) {
+  // Runs `strips` strips that follow each other.
+  void run(const Sheet& sheet, int64_t p0, int64_t strips) {
     if (walk_.start(sheet)) {
       walk_.columns.query_offsets(args_.query, sizes_.heads_per_key, query_offsets_);
       walk_.columns.query_offsets(args_.output, sizes_.heads_per_key, output_offsets_);
@@ -34,10 +36,14 @@ class StencilForward {
       walk_.columns.key_offsets(args_.key, key_offsets_);
       walk_.columns.key_offsets(args_.value, value_offsets_);
       walk_.clear_padding(keys_, problem_.head_dim);
+      lines_[0].template start<Storage>(query_offsets_, walk_.columns.queries(), problem_.head_dim);
+      lines_[1].template start<Storage>(key_offsets_, walk_.columns.keys(), problem_.head_dim);
+      lines_[2].template start<Storage>(value_offsets_, walk_.columns.keys(), problem_.value_dim);
     }
     const int64_t depth = walk_.depth(), height = walk_.height();
     if (p0 >= depth || walk_.columns.queries() == 0) return;
-    const Interval rows = {smaller(height, sheet.strip * cut_.rows), smaller(height, (sheet.strip + 1) * cut_.rows)};
+    const Interval rows = {smaller(height, sheet.strip * cut_.rows),
+                           smaller(height, (sheet.strip + strips) * cut_.rows)};
     for_each_row_tile(problem_, height, depth, p0, rows, [&](const RowTile& tile) { run_tile(tile); });
   }
 
@@ -64,7 +70,7 @@ class StencilForward {
     const Block& block = walk_.columns.block_at(b);
     for (int r = 0; r < tile.count; ++r) load_queries(tile, r, block);
     walk_.score_block(tile, b, keys_, queries_, problem_.head_dim, args_.rpb, static_cast<float>(problem_.scale),
-                      scores_);
+                      scores_, [&](int64_t s) { return ahead(tile, b, s); });
     for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
     sum_values(tile, block);
   }
@@ -86,6 +92,15 @@ class StencilForward {
                                   problem_.value_dim, 1, [&](int64_t column) { return row + offsets[column]; });
       }
     }
+  }
+
+  // What is read soon: number `n` of the rows.
+  Ahead ahead(const RowTile& tile, int64_t b, int64_t n) const {
+    if (n < kRows) return walk_.template queries_ahead<Storage>(args_.query, lines_[0], tile, b, static_cast<int>(n));
+    n -= kRows;
+    const bool is_key = n / kRows % 2 == 0;
+    return walk_.template keys_ahead<Storage>(is_key ? args_.key : args_.value, lines_[is_key ? 1 : 2], tile, b,
+                                              n / (2 * kRows) * kRows + n % kRows);
   }
 
   void load_queries(const RowTile& tile, int r, const Block& block) {
@@ -144,6 +159,8 @@ class StencilForward {
   }
 
  private:
+  Lines lines(Arena& arena) const { return {walk_.is_wide() ? 0 : most_blocks(cut_), problem_.head_dim, arena}; }
+
   template <class T>
   T* row_of(const View& view, const RowTile& tile, int r) const {
     return static_cast<T*>(view.data) + walk_.row_offset(view, tile.p0, tile.p1[r], tile.head[r]);
@@ -161,6 +178,7 @@ class StencilForward {
   int64_t* value_offsets_;
   int64_t* output_offsets_;
   int64_t* logsumexp_offsets_;
+  Lines lines_[3];  // of queries, keys, and values
   Source* sources_;
   float* keys_;    // by channel
   float* values_;  // by token
@@ -200,7 +218,7 @@ struct StencilForwardPass {
     const Cut cut = StencilForwardPass::cut(args);
     Arena arena(scratch);
     StencilForward<Storage> stencil(args, cut, arena);
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task = begin, strips; task < end; task += strips) {
       int64_t rest = task;
       const auto next = [&](int64_t size) {
         const int64_t index = rest % size;
@@ -211,7 +229,9 @@ struct StencilForwardPass {
       const int64_t index0 = next(problem.axes[0].length), batch = next(problem.batch);
       const int64_t tile = next(cut.tiles), chunk = next(cut.chunks);
       const int64_t dilation0 = problem.axes[0].dilation;
-      stencil.run({chunk, tile, batch, index0 % dilation0, group1, strip}, index0 / dilation0);
+      // Those that follow each other as one, so that the keys that both see are loaded once.
+      strips = smaller(cut.strips - strip, end - task);
+      stencil.run({chunk, tile, batch, index0 % dilation0, group1, strip}, index0 / dilation0, strips);
     }
   }
 };

@@ -37,7 +37,7 @@ inline Cut cut(const Problem& problem, Visit visit, int64_t tasks) {
   const Axis &axis0 = problem.axes[0], &axis1 = problem.axes[1], &axis2 = problem.axes[2];
   const int64_t length = group_length(axis2, 0), height = group_length(axis1, 0), depth = group_length(axis0, 0);
   const int64_t planes = smaller(depth, axis0.kernel_size);
-  const int64_t rows = smaller(height, axis1.kernel_size + kRows + axis1.stride);
+  const int64_t rows = smaller(height, axis1.kernel_size + kRows + axis1.stride - 2);
   // The keys and values that a tile of query rows needs, of as many columns, fit in the second cache.
   const int64_t fitting = 49152 / (larger(problem.head_dim, problem.value_dim) * planes * rows);
   const int64_t columns = larger(kLanes, smaller(1024, fitting));
@@ -181,17 +181,18 @@ class Columns {
 
   Block block(int64_t first) const {
     Block block = {first, smaller(kLanes, queries_ - first), start_[first], kPermuted, {}, kLanes, true};
+    bool is_consecutive = true;
     for (int64_t i = 0; i < block.count; ++i) {
+      is_consecutive = is_consecutive && start_[first + i] == start_[first] + i;
       block.key = smaller(block.key, start_[first + i]);
       block.is_full = block.is_full && size_[first + i] == problem_.axes[2].kernel_size;
     }
+    // Two vectors from there on end with the last vector of keys.
+    if (!is_consecutive) block.key = smaller(block.key, larger(0, round_up(keys_, kLanes) - 2 * kLanes));
     int32_t most = 0;
-    bool is_consecutive = true;
     for (int32_t i = 0; i < kLanes; ++i) {
-      const int64_t column = first + smaller(i, block.count - 1);
-      block.index[i] = start_[column] - static_cast<int32_t>(block.key);
+      block.index[i] = start_[first + smaller(i, block.count - 1)] - static_cast<int32_t>(block.key);
       most = block.index[i] > most ? block.index[i] : most;
-      is_consecutive = is_consecutive && (i >= block.count || block.index[i] == i);
     }
     if (is_consecutive)
       block.fetch = kConsecutive;

@@ -8,8 +8,8 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
-// Query rows that are done together, and vectors of channels that are summed together: as many as leave their sums in
-// registers.
+// Query rows that are done together, and vectors that are summed together for each, of one column or two: as many as
+// leave their sums in registers.
 constexpr int kRows = 4;
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;
@@ -30,6 +30,12 @@ constexpr int most_keys(int query_rows) {
 // How the lanes find their keys in a row: one after the other, within two vectors, or anywhere.
 enum Fetch { kConsecutive, kPermuted, kScattered, kFetches };
 
+// Lines of memory that are wanted soon, one for each channel that scores run over: they arrive in the meantime.
+struct Ahead {
+  const char* row;
+  const int64_t* lines;  // bytes from there, or null
+};
+
 // Scores of one block's queries, of up to kRows rows, with keys of one row: `scale * sum + bias`.
 struct Scores {
   const float* keys;  // by channel: the first lane's first key
@@ -40,6 +46,7 @@ struct Scores {
   int64_t query_row;
   int64_t channels;
   float scale;
+  Ahead ahead;
   const float* bias[kRows];  // or null
   float* out[kRows];
 };
@@ -50,6 +57,7 @@ void score(const Scores& args, int64_t first) {
   const float* key = args.keys + first;
   const float* query = args.queries;
   const int64_t pitch = args.pitch, query_row = args.query_row;
+  const Ahead ahead = args.ahead;
   LaneInts index[kCount];
   unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { index[k] = args.index + k(); });
   for (int64_t channel = 0; channel < args.channels; ++channel, key += pitch, query += kLanes) {
@@ -57,6 +65,7 @@ void score(const Scores& args, int64_t first) {
       __builtin_prefetch(key + args.next);
       __builtin_prefetch(key + args.next + kLanes);
     }
+    if (ahead.lines) __builtin_prefetch(ahead.row + ahead.lines[channel], 0, 2);
     Lanes queries[kQueryRows];
     unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
       queries[r] = kCount > 1 ? held(load_lanes(query + r * query_row)) : load_lanes(query + r * query_row);
