@@ -58,8 +58,8 @@ class Tile {
 
   void score() {
     for (int64_t b = 0; b < walk_.columns.blocks(); ++b)
-      walk_.score_block(tile_, b, keys_.data(), queries_.data(), kChannels, false, 0.2f, scores_.data(),
-                        [](int64_t) { return Ahead{}; });
+      walk_.score_block<false>(tile_, b, keys_.data(), queries_.data(), kChannels, false, 0.2f, scores_.data(),
+                               [](int64_t) { return Ahead{}; });
   }
 
   void softmax() {

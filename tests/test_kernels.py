@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from built import Built
 from hypothesis import given, settings
 from problems import (
     DTYPES,
@@ -21,6 +23,7 @@ from problems import (
 )
 from torch import Tensor
 
+from natten2 import _extension
 from natten2.ops import reference
 from natten2.ops.schemas import na_backward, na_forward
 
@@ -288,3 +291,12 @@ def test_half_precision_rounds_to_nearest_even(capability: str, dtype: torch.dty
         output, _ = na_forward(query, query, value, None, None, None, (2,), (1,), (1,), (False,), 1.0)
         expected = value.double().mean(1, keepdim=True).to(dtype).expand(value.shape)
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_pairs_of_bfloat16s_are_the_reference_where_avx512_stands_in(tmp_path: Path):
+    if "avx512" not in _extension.cpu_capabilities():
+        pytest.skip("the machine has no AVX-512")
+    built = Built(tmp_path, "-DNATTEN2_EMULATE_BF16=ON")
+    built.test("test_kernels.py", options=("-k", "avx512_bf16"))

@@ -2,19 +2,16 @@
 
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from built import ROOT, Built, check, run
 
-ROOT = Path(__file__).parent.parent
 GUARDED = ROOT / "tests" / "guarded.py"
 COMPILER = os.environ.get("CXX", "c++")
-TORCH = sysconfig.get_path("purelib")
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is guarded as glibc and Linux can")
 
@@ -31,16 +28,6 @@ tensor = torch.empty(21)
 ctypes.memset(tensor.data_ptr() + 4 * 21, 1, 1)
 del tensor
 """
-
-
-def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    command = [str(part) for part in command]
-    return subprocess.run(command, text=True, capture_output=True, check=False, env=environment)
-
-
-def check(result: subprocess.CompletedProcess) -> None:
-    assert result.returncode == 0, f"{result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
 
 
 def run_checked(*command: str | Path) -> subprocess.CompletedProcess:
@@ -63,27 +50,21 @@ def test_a_write_behind_a_result_ends():
     assert run_checked(sys.executable, "-c", FREED).returncode == -signal.SIGABRT
 
 
-class Sanitized:
+class Sanitized(Built):
     """natten2 under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        shutil.copytree(ROOT / "natten2", folder / "natten2", ignore=shutil.ignore_patterns("csrc", "_C*"))
-        build = folder / "build"
-        cmake = (sys.executable, "-m", "cmake")
-        check(run(*cmake, "-S", ROOT, "-B", build, "-DNATTEN2_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"))
-        check(run(*cmake, "--build", build, "--parallel", os.cpu_count() or 1))
-        check(run(*cmake, "--install", build, "--prefix", folder))
+        super().__init__(folder, "-DNATTEN2_SANITIZE=ON")
 
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess:
-        """Python with these arguments, whose natten2 is the sanitized one: `-S` hides an editable install."""
-        return run(
-            *(sys.executable, "-S", *arguments),
-            PYTHONPATH=os.pathsep.join((str(self._folder), TORCH)),
+    def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
+        """Python with these arguments, whose accesses are watched."""
+        return super().run(
+            *arguments,
             LD_PRELOAD=run(COMPILER, "-print-file-name=libasan.so").stdout.strip(),
             # Python frees little of what it has when it ends.
             ASAN_OPTIONS="detect_leaks=0",
             UBSAN_OPTIONS="print_stacktrace=1",
+            **variables,
         )
 
 
@@ -110,9 +91,7 @@ TESTED = [
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_the_sanitizers_find_nothing(sanitized: Sanitized):
-    tests = [ROOT / "tests" / name for name in TESTED]
-    options = ("-c", ROOT / "pyproject.toml", "-o", "pythonpath=", "-o", "timeout=3600", "-p", "no:cacheprovider")
-    check(sanitized.run("-m", "pytest", "-x", *options, *tests))
+    sanitized.test(*TESTED)
     check(sanitized.run(GUARDED))
 
 

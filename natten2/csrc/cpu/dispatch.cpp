@@ -15,6 +15,7 @@ NATTEN2_DECLARE(baseline)
 #ifdef NATTEN2_X86_SETS
 NATTEN2_DECLARE(avx2)
 NATTEN2_DECLARE(avx512)
+NATTEN2_DECLARE(avx512_bf16)
 #endif
 #undef NATTEN2_DECLARE
 
@@ -31,6 +32,19 @@ struct Capability {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_bf16() {
+#ifdef NATTEN2_EMULATE_BF16
+  return has_avx512();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
 #endif
 
 // Plainest first.
@@ -39,11 +53,8 @@ constexpr Capability kCapabilities[] = {
 #ifdef NATTEN2_X86_SETS
     // Every processor with AVX2 has F16C, for which some compilers have no name here.
     {"avx2", avx2::kernels, avx2::unfused_kernels, has_avx2},
-    {"avx512", avx512::kernels, avx512::unfused_kernels,
-     [] {
-       return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-     }},
+    {"avx512", avx512::kernels, avx512::unfused_kernels, has_avx512},
+    {"avx512_bf16", avx512_bf16::kernels, avx512::unfused_kernels, has_avx512_bf16},
 #endif
 };
 

@@ -1,4 +1,5 @@
-// Instantiates the kernels of one instruction set: compiled once for each, with NATTEN2_ISA naming it.
+// Instantiates the kernels of one instruction set: compiled once for each, with NATTEN2_ISA naming it. The set that
+// multiplies bfloat16s in pairs has nothing else of its own: what it lacks is AVX-512's.
 #include "backward.h"
 #include "forward.h"
 #include "path.h"
@@ -6,6 +7,13 @@
 #include "stencil_forward.h"
 
 namespace natten2::cpu {
+
+#ifdef NATTEN2_PAIRS
+namespace avx512 {
+Kernels kernels(Dtype, const Problem&);
+}
+#endif
+
 inline namespace NATTEN2_ISA {
 namespace {
 
@@ -42,6 +50,10 @@ Kernels choose(const Problem& problem) {
 }  // namespace
 
 Kernels kernels(Dtype dtype, const Problem& problem) {
+#ifdef NATTEN2_PAIRS
+  const bool has_pairs = dtype == Dtype::kBFloat16 && path(problem) == Path::kStencil;
+  return has_pairs ? stencil<BFloat16>() : avx512::kernels(dtype, problem);
+#else
   switch (dtype) {
     case Dtype::kDouble:
       return gather<double>();
@@ -52,6 +64,7 @@ Kernels kernels(Dtype dtype, const Problem& problem) {
     default:
       return choose<float>(problem);
   }
+#endif
 }
 
 }  // namespace NATTEN2_ISA

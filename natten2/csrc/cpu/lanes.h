@@ -109,6 +109,35 @@ inline Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
 #endif
 }
 
+#if defined(__AVX512BF16__) || defined(NATTEN2_EMULATE_BF16)
+#define NATTEN2_PAIRS
+#endif
+
+// Whether scores multiply a storage type's numbers as they are stored: two channels in the 32 bits of a lane.
+template <class Storage>
+constexpr bool kInPairs = false;
+#ifdef NATTEN2_PAIRS
+template <>
+inline constexpr bool kInPairs<BFloat16> = true;
+#endif
+
+// Vectors of channels, or of pairs of them.
+template <class Storage>
+constexpr int64_t score_channels(int64_t channels) {
+  return kInPairs<Storage> ? (channels + 1) / 2 : channels;
+}
+
+// Adds the products of pairs of bfloat16s, of which the instruction takes subnormal ones for zero.
+[[gnu::always_inline]] inline void accumulate_pairs(Lanes x, Lanes y, Lanes& sum) {
+#if defined(__AVX512BF16__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+#else
+  const LaneBits kHigh = LaneBits{} + 0xffff0000u;
+  accumulate((Lanes)((LaneBits)x & kHigh), (Lanes)((LaneBits)y & kHigh), sum);
+  accumulate((Lanes)((LaneBits)x << 16), (Lanes)((LaneBits)y << 16), sum);
+#endif
+}
+
 // Keeps the compiler from loading again what it has loaded, once for each use.
 inline Lanes held(Lanes x) {
 #if defined(__AVX512F__)

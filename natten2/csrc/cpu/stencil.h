@@ -32,6 +32,39 @@ inline void load_by_channel(const Storage* base, const int64_t* offsets, int64_t
   }
 }
 
+// The same with two channels in each lane, as they are stored; beside an odd channel stands zero.
+template <class Storage>
+inline void load_pairs(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels, float* out,
+                       int64_t pitch) {
+  constexpr int64_t kChannels = 2 * kLanes;
+  for (int64_t first = 0; first < count; first += kLanes, out += kLanes) {
+    for (int64_t channel = 0; channel < channels; channel += kChannels) {
+      const int64_t some = smaller(kChannels, channels - channel);
+      Lanes rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const Storage* token = base + offsets[smaller(first + i, count - 1)] + channel;
+        rows[i] = Lanes{};
+        if (some == kChannels)
+          std::memcpy(&rows[i], token, sizeof rows[i]);
+        else
+          std::memcpy(&rows[i], token, some * sizeof *token);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < (some + 1) / 2; ++i) store_lanes(rows[i], out + (channel / 2 + i) * pitch);
+    }
+  }
+}
+
+// Writes what scores run over.
+template <class Storage>
+inline void load_scored(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels, float* out,
+                        int64_t pitch) {
+  if constexpr (kInPairs<Storage>)
+    load_pairs(base, offsets, count, channels, out, pitch);
+  else
+    load_by_channel(base, offsets, count, channels, out, pitch);
+}
+
 // Writes tokens as rows of whole vectors.
 template <class Storage>
 inline void load_by_token(const Storage* base, const int64_t* offsets, int64_t count, int64_t channels, float* out) {
@@ -197,9 +230,9 @@ class SheetWalk {
     return p0 < tile.keys0.end && p1 < height() ? ahead<Storage>(view, p0, p1, 0, lines.block(b)) : Ahead{};
   }
 
-  // Writes the scaled and biased scores of a block. `keys` holds the rows of all slots by channel. Meanwhile, what
-  // `ahead(s)` wants is fetched for each of these rows, s counting from 0.
-  template <class AheadOf>
+  // Writes the scaled and biased scores of a block. `keys` holds the rows of all slots by channel, or by pair.
+  // Meanwhile, what `ahead(s)` wants is fetched for each of these rows, s counting from 0.
+  template <bool kPairs, class AheadOf>
   void score_block(const RowTile& tile, int64_t b, const float* keys, const float* queries, int64_t channels,
                    bool is_biased, float scale, float* out, AheadOf&& ahead) const {
     const Block& block = columns.block_at(b);
@@ -219,7 +252,7 @@ class SheetWalk {
         scores.bias[r - row.begin] = is_biased ? bias_ + bias_offset(tile, r, row, b) : nullptr;
         scores.out[r - row.begin] = out + row.scores[r];
       }
-      score_rows(block.fetch, scores, row.end - row.begin, problem.axes[2].kernel_size, block.most_keys);
+      score_rows<kPairs>(block.fetch, scores, row.end - row.begin, problem.axes[2].kernel_size, block.most_keys);
     }
   }
 
@@ -252,10 +285,12 @@ class SheetWalk {
   }
 
   // Scores `count` such blocks: their queries, and scores, are the rows of a tile.
+  template <bool kPairs>
   void score_blocks(const RowTile& tile, int64_t b, int count, const float* keys, const float* queries,
                     int64_t channels, bool is_biased, float scale, float* out) const {
     if (count == 1)
-      return score_block(tile, b, keys, queries, channels, is_biased, scale, out, [](int64_t) { return Ahead{}; });
+      return score_block<kPairs>(tile, b, keys, queries, channels, is_biased, scale, out,
+                                 [](int64_t) { return Ahead{}; });
     const int64_t window = problem.axes[2].kernel_size;
     const KeyRow& row = key_rows[0];
     Scores scores;
@@ -277,7 +312,7 @@ class SheetWalk {
         scores.bias[r - first_row] = is_biased ? bias_ + bias_offset(tile, 0, row, b + r) + first : nullptr;
         scores.out[r - first_row] = out + r * sizes.window_scores + first;
       }
-      score_rows(kConsecutive, scores, last_row - first_row + 1, end - key, kLanes);
+      score_rows<kPairs>(kConsecutive, scores, last_row - first_row + 1, end - key, kLanes);
     }
   }
 

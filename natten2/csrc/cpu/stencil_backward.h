@@ -18,6 +18,8 @@ class StencilBackward {
         sizes_(walk_.sizes),
         key_channels_(sizes_.key_vectors * kLanes),
         value_channels_(sizes_.value_vectors * kLanes),
+        score_head_dim_(score_channels<Storage>(problem_.head_dim)),
+        score_value_dim_(score_channels<Storage>(problem_.value_dim)),
         together_(together(walk_, cut)),
         row_columns_(walk_.is_wide() ? kLanes : together_ * kLanes),
         block_scores_(kRows * sizes_.window_scores),
@@ -39,15 +41,15 @@ class StencilBackward {
         lines_{lines(arena), lines(arena), lines(arena), lines(arena), lines(arena)},
         sources_(arena.take<Source>(sizes_.sources)),
         owned_rows_(arena.take<OwnedRow>(sizes_.sources)),
-        keys_by_channel_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
-        values_by_channel_(arena.take<float>(walk_.slots.size() * problem_.value_dim * sizes_.pitch)),
+        keys_by_channel_(arena.take<float>(walk_.slots.size() * score_head_dim_ * sizes_.pitch)),
+        values_by_channel_(arena.take<float>(walk_.slots.size() * score_value_dim_ * sizes_.pitch)),
         keys_(arena.take<float>(walk_.slots.size() * cut.most_keys * key_channels_)),
         grad_keys_(arena.take<float>(sums_.size() * cut.most_keys * key_channels_)),
         grad_values_(arena.take<float>(sums_.size() * cut.most_keys * value_channels_)),
         queries_(arena.take<float>(kRows * row_columns_ * key_channels_)),
         grad_outputs_(arena.take<float>(kRows * row_columns_ * value_channels_)),
-        queries_by_channel_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
-        grad_outputs_by_channel_(arena.take<float>(kRows * problem_.value_dim * kLanes)),
+        queries_by_channel_(arena.take<float>(kRows * score_head_dim_ * kLanes)),
+        grad_outputs_by_channel_(arena.take<float>(kRows * score_value_dim_ * kLanes)),
         weights_(arena.take<float>(together_ * block_scores_)),
         grad_scores_(arena.take<float>(together_ * block_scores_)),
         grad_bias_size_(args.grad_rpb_parts ? sizes_.heads_per_key * most_blocks(cut) * sizes_.block_bias : 0),
@@ -145,8 +147,8 @@ class StencilBackward {
     lines_[3].template start<Storage>(key_offsets_, columns.keys(), problem_.head_dim);
     lines_[4].template start<Storage>(value_offsets_, columns.keys(), problem_.value_dim);
     found_ = -1;
-    walk_.clear_padding(keys_by_channel_, problem_.head_dim);
-    walk_.clear_padding(values_by_channel_, problem_.value_dim);
+    walk_.clear_padding(keys_by_channel_, score_head_dim_);
+    walk_.clear_padding(values_by_channel_, score_value_dim_);
   }
 
   void run_tile(const RowTile& tile) {
@@ -181,10 +183,10 @@ class StencilBackward {
     const int64_t count = walk_.columns.keys();
     const Storage* keys = data<const Storage>(forward.key) + walk_.row_offset(forward.key, row.p0, row.p1);
     const Storage* values = data<const Storage>(forward.value) + walk_.row_offset(forward.value, row.p0, row.p1);
-    load_by_channel(keys, key_offsets_, count, problem_.head_dim,
-                    keys_by_channel_ + row.slot * problem_.head_dim * sizes_.pitch, sizes_.pitch);
-    load_by_channel(values, value_offsets_, count, problem_.value_dim,
-                    values_by_channel_ + row.slot * problem_.value_dim * sizes_.pitch, sizes_.pitch);
+    load_scored(keys, key_offsets_, count, problem_.head_dim,
+                keys_by_channel_ + row.slot * score_head_dim_ * sizes_.pitch, sizes_.pitch);
+    load_scored(values, value_offsets_, count, problem_.value_dim,
+                values_by_channel_ + row.slot * score_value_dim_ * sizes_.pitch, sizes_.pitch);
     load_by_token(keys, key_offsets_, count, problem_.head_dim, keys_ + row.slot * cut_.most_keys * key_channels_);
   }
 
@@ -194,10 +196,12 @@ class StencilBackward {
     const Block& block = walk_.columns.block_at(b);
     float *weights = weights_ + i * block_scores_, *grad_scores = grad_scores_ + i * block_scores_;
     for (int r = 0; r < tile.count; ++r) load_queries(tile, block, r, r * row_columns_ + i * kLanes);
-    walk_.score_block(tile, b, keys_by_channel_, queries_by_channel_, problem_.head_dim, args_.forward.rpb,
-                      static_cast<float>(problem_.scale), weights, [&](int64_t s) { return ahead(tile, b, s); });
-    walk_.score_block(tile, b, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false, 1, grad_scores,
-                      [&](int64_t s) { return ahead(tile, b, walk_.key_row_count + s); });
+    walk_.template score_block<kInPairs<Storage>>(tile, b, keys_by_channel_, queries_by_channel_, score_head_dim_,
+                                                  args_.forward.rpb, static_cast<float>(problem_.scale), weights,
+                                                  [&](int64_t s) { return ahead(tile, b, s); });
+    walk_.template score_block<kInPairs<Storage>>(tile, b, values_by_channel_, grad_outputs_by_channel_,
+                                                  score_value_dim_, false, 1, grad_scores,
+                                                  [&](int64_t s) { return ahead(tile, b, walk_.key_row_count + s); });
     for (int r = 0; r < tile.count; ++r) weigh(tile, r, block, weights, grad_scores);
     if (grad_bias_size_ > 0) add_bias(tile, b, grad_scores);
     sum_grad_queries(tile, block, grad_scores);
@@ -220,10 +224,10 @@ class StencilBackward {
     for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
       rows.count = walk_.blocks_together(b);
       for (int r = 0; r < rows.count; ++r) load_queries(rows, walk_.columns.block_at(b + r), r, r * kLanes);
-      walk_.score_blocks(tile, b, rows.count, keys_by_channel_, queries_by_channel_, problem_.head_dim,
-                         args_.forward.rpb, scale, weights_);
-      walk_.score_blocks(tile, b, rows.count, values_by_channel_, grad_outputs_by_channel_, problem_.value_dim, false,
-                         1, grad_scores_);
+      walk_.template score_blocks<kInPairs<Storage>>(tile, b, rows.count, keys_by_channel_, queries_by_channel_,
+                                                     score_head_dim_, args_.forward.rpb, scale, weights_);
+      walk_.template score_blocks<kInPairs<Storage>>(tile, b, rows.count, values_by_channel_, grad_outputs_by_channel_,
+                                                     score_value_dim_, false, 1, grad_scores_);
       Storage* row = row_of<Storage>(args_.grad_query, tile, 0);
       for (int r = 0; r < rows.count; ++r) {
         const Block& block = walk_.columns.block_at(b + r);
@@ -262,15 +266,20 @@ class StencilBackward {
     int64_t offsets[kLanes];
     const auto load_both = [&](const View& view, const int64_t* token_offsets, int64_t channels, int64_t width,
                                float* by_token, float* by_channel) {
-      load_by_token(row_of<const Storage>(view, tile, r), token_offsets + block.first, block.count, channels, by_token);
-      for (int64_t i = 0; i < kLanes; ++i) offsets[i] = i * width;
-      load_by_channel<float>(by_token, offsets, block.count, channels, by_channel, kLanes);
+      const Storage* row = row_of<const Storage>(view, tile, r);
+      load_by_token(row, token_offsets + block.first, block.count, channels, by_token);
+      if constexpr (kInPairs<Storage>) {
+        load_scored(row, token_offsets + block.first, block.count, channels, by_channel, kLanes);
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i) offsets[i] = i * width;
+        load_scored<float>(by_token, offsets, block.count, channels, by_channel, kLanes);
+      }
     };
     float* grad_outputs = grad_outputs_ + first * value_channels_;
     load_both(args_.forward.query, query_offsets_, problem_.head_dim, key_channels_, queries_ + first * key_channels_,
-              queries_by_channel_ + r * problem_.head_dim * kLanes);
+              queries_by_channel_ + r * score_head_dim_ * kLanes);
     load_both(args_.grad_output, grad_output_offsets_, problem_.value_dim, value_channels_, grad_outputs,
-              grad_outputs_by_channel_ + r * problem_.value_dim * kLanes);
+              grad_outputs_by_channel_ + r * score_value_dim_ * kLanes);
     const Storage* outputs = row_of<const Storage>(args_.forward.output, tile, r);
     const float* logsumexps = row_of<const float>(args_.forward.logsumexp, tile, r);
     const float* grad_logsumexps =
@@ -453,9 +462,10 @@ class StencilBackward {
   const Cut& cut_;
   SheetWalk walk_;
   const Sizes& sizes_;
-  const int64_t key_channels_, value_channels_;  // of a token, in whole vectors
-  const int64_t together_;                       // blocks
-  const int64_t row_columns_;                    // between the query rows of a tile
+  const int64_t key_channels_, value_channels_;     // of a token, in whole vectors
+  const int64_t score_head_dim_, score_value_dim_;  // what scores run over: channels, or pairs of them
+  const int64_t together_;                          // blocks
+  const int64_t row_columns_;                       // between the query rows of a tile
   const int64_t block_scores_;
   RowSlots sums_;
   Interval rows_ = {};  // of the middle axis, that the sheet owns

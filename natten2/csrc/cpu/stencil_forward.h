@@ -15,6 +15,7 @@ class StencilForward {
         cut_(cut),
         walk_(args, cut, arena),
         sizes_(walk_.sizes),
+        score_head_dim_(score_channels<Storage>(problem_.head_dim)),
         query_offsets_(arena.take<int64_t>(cut.most_queries)),
         key_offsets_(arena.take<int64_t>(cut.most_keys)),
         value_offsets_(arena.take<int64_t>(cut.most_keys)),
@@ -22,9 +23,9 @@ class StencilForward {
         logsumexp_offsets_(arena.take<int64_t>(cut.most_queries)),
         lines_{lines(arena), lines(arena), lines(arena)},
         sources_(arena.take<Source>(sizes_.sources)),
-        keys_(arena.take<float>(walk_.slots.size() * problem_.head_dim * sizes_.pitch)),
+        keys_(arena.take<float>(walk_.slots.size() * score_head_dim_ * sizes_.pitch)),
         values_(arena.take<float>(walk_.slots.size() * cut.most_keys * sizes_.value_vectors * kLanes)),
-        queries_(arena.take<float>(kRows * problem_.head_dim * kLanes)),
+        queries_(arena.take<float>(kRows * score_head_dim_ * kLanes)),
         scores_(arena.take<float>(kRows * sizes_.window_scores)) {}
 
   // Runs `strips` strips that follow each other.
@@ -35,7 +36,7 @@ class StencilForward {
       walk_.columns.query_offsets(args_.logsumexp, sizes_.heads_per_key, logsumexp_offsets_);
       walk_.columns.key_offsets(args_.key, key_offsets_);
       walk_.columns.key_offsets(args_.value, value_offsets_);
-      walk_.clear_padding(keys_, problem_.head_dim);
+      walk_.clear_padding(keys_, score_head_dim_);
       lines_[0].template start<Storage>(query_offsets_, walk_.columns.queries(), problem_.head_dim);
       lines_[1].template start<Storage>(key_offsets_, walk_.columns.keys(), problem_.head_dim);
       lines_[2].template start<Storage>(value_offsets_, walk_.columns.keys(), problem_.value_dim);
@@ -51,9 +52,9 @@ class StencilForward {
   void run_tile(const RowTile& tile) {
     walk_.find_key_rows(tile, [&](const SheetWalk::KeyRow& row) {
       const int64_t count = walk_.columns.keys();
-      load_by_channel(static_cast<const Storage*>(args_.key.data) + walk_.row_offset(args_.key, row.p0, row.p1),
-                      key_offsets_, count, problem_.head_dim, keys_ + row.slot * problem_.head_dim * sizes_.pitch,
-                      sizes_.pitch);
+      load_scored(static_cast<const Storage*>(args_.key.data) + walk_.row_offset(args_.key, row.p0, row.p1),
+                  key_offsets_, count, problem_.head_dim, keys_ + row.slot * score_head_dim_ * sizes_.pitch,
+                  sizes_.pitch);
       load_by_token(static_cast<const Storage*>(args_.value.data) + walk_.row_offset(args_.value, row.p0, row.p1),
                     value_offsets_, count, problem_.value_dim, value_row(row.slot));
     });
@@ -69,8 +70,9 @@ class StencilForward {
   void run_block(const RowTile& tile, int64_t b) {
     const Block& block = walk_.columns.block_at(b);
     for (int r = 0; r < tile.count; ++r) load_queries(tile, r, block);
-    walk_.score_block(tile, b, keys_, queries_, problem_.head_dim, args_.rpb, static_cast<float>(problem_.scale),
-                      scores_, [&](int64_t s) { return ahead(tile, b, s); });
+    walk_.template score_block<kInPairs<Storage>>(tile, b, keys_, queries_, score_head_dim_, args_.rpb,
+                                                  static_cast<float>(problem_.scale), scores_,
+                                                  [&](int64_t s) { return ahead(tile, b, s); });
     for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
     sum_values(tile, block);
   }
@@ -81,8 +83,8 @@ class StencilForward {
     for (int64_t b = 0; b < walk_.columns.blocks(); b += rows.count) {
       rows.count = walk_.blocks_together(b);
       for (int r = 0; r < rows.count; ++r) load_queries(rows, r, walk_.columns.block_at(b + r));
-      walk_.score_blocks(tile, b, rows.count, keys_, queries_, problem_.head_dim, args_.rpb,
-                         static_cast<float>(problem_.scale), scores_);
+      walk_.template score_blocks<kInPairs<Storage>>(tile, b, rows.count, keys_, queries_, score_head_dim_, args_.rpb,
+                                                     static_cast<float>(problem_.scale), scores_);
       Storage* row = row_of<Storage>(args_.output, tile, 0);
       for (int r = 0; r < rows.count; ++r) {
         const Block& block = walk_.columns.block_at(b + r);
@@ -104,8 +106,8 @@ class StencilForward {
   }
 
   void load_queries(const RowTile& tile, int r, const Block& block) {
-    load_by_channel(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
-                    problem_.head_dim, queries_ + r * problem_.head_dim * kLanes, kLanes);
+    load_scored(row_of<const Storage>(args_.query, tile, r), query_offsets_ + block.first, block.count,
+                problem_.head_dim, queries_ + r * score_head_dim_ * kLanes, kLanes);
   }
 
   // Turns the scores of a query row into weights, and writes their log-sum-exp.
@@ -173,6 +175,7 @@ class StencilForward {
   const Cut& cut_;
   SheetWalk walk_;
   const Sizes& sizes_;
+  const int64_t score_head_dim_;  // what scores run over: channels, or pairs of them
   int64_t* query_offsets_;
   int64_t* key_offsets_;
   int64_t* value_offsets_;

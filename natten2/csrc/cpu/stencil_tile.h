@@ -44,14 +44,14 @@ struct Scores {
   LaneInts index;        // of each lane's first key
   const float* queries;  // by channel: rows `query_row` apart
   int64_t query_row;
-  int64_t channels;
+  int64_t channels;  // or pairs of them
   float scale;
   Ahead ahead;
   const float* bias[kRows];  // or null
   float* out[kRows];
 };
 
-template <int kFetch, int kQueryRows, int kCount>
+template <bool kPairs, int kFetch, int kQueryRows, int kCount>
 void score(const Scores& args, int64_t first) {
   Lanes sums[kQueryRows][kCount] = {};
   const float* key = args.keys + first;
@@ -85,7 +85,12 @@ void score(const Scores& args, int64_t first) {
         for (int i = 0; i < kLanes; ++i) keys[i] = key[index[k][i]];
       }
       if constexpr (kQueryRows > 1) keys = held(keys);
-      unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE { accumulate(queries[r], keys, sums[r][k]); });
+      unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
+        if constexpr (kPairs)
+          accumulate_pairs(queries[r], keys, sums[r][k]);
+        else
+          accumulate(queries[r], keys, sums[r][k]);
+      });
     });
   }
   unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
@@ -97,45 +102,46 @@ void score(const Scores& args, int64_t first) {
   });
 }
 
-template <int kFetch, int kQueryRows, int kCount>
+template <bool kPairs, int kFetch, int kQueryRows, int kCount>
 void score_some(const Scores& args, int64_t first, int64_t count) {
   if constexpr (kCount > 1)
-    if (count < kCount) return score_some<kFetch, kQueryRows, kCount - 1>(args, first, count);
-  score<kFetch, kQueryRows, kCount>(args, first);
+    if (count < kCount) return score_some<kPairs, kFetch, kQueryRows, kCount - 1>(args, first, count);
+  score<kPairs, kFetch, kQueryRows, kCount>(args, first);
 }
 
 // Cuts a row of keys into pieces of about the same size, of at most `most`.
-template <int kFetch, int kQueryRows>
+template <bool kPairs, int kFetch, int kQueryRows>
 void score_row(const Scores& args, int64_t keys, int64_t most) {
   most = smaller(most, most_keys(kQueryRows));
   // Without a division, which takes as long as the scores.
-  if (keys <= most) return score_some<kFetch, kQueryRows, most_keys(kQueryRows)>(args, 0, keys);
+  if (keys <= most) return score_some<kPairs, kFetch, kQueryRows, most_keys(kQueryRows)>(args, 0, keys);
   const int64_t pieces = (keys + most - 1) / most;
   for (int64_t p = 0; p < pieces; ++p) {
     const int64_t first = keys * p / pieces;
-    score_some<kFetch, kQueryRows, most_keys(kQueryRows)>(args, first, keys * (p + 1) / pieces - first);
+    score_some<kPairs, kFetch, kQueryRows, most_keys(kQueryRows)>(args, first, keys * (p + 1) / pieces - first);
   }
 }
 
-template <int kFetch>
+template <bool kPairs, int kFetch>
 void score_rows(const Scores& args, int rows, int64_t keys, int64_t most) {
   switch (rows) {
     case 1:
-      return score_row<kFetch, 1>(args, keys, most);
+      return score_row<kPairs, kFetch, 1>(args, keys, most);
     case 2:
-      return score_row<kFetch, 2>(args, keys, most);
+      return score_row<kPairs, kFetch, 2>(args, keys, most);
     case 3:
-      return score_row<kFetch, 3>(args, keys, most);
+      return score_row<kPairs, kFetch, 3>(args, keys, most);
     default:
-      return score_row<kFetch, 4>(args, keys, most);
+      return score_row<kPairs, kFetch, 4>(args, keys, most);
   }
 }
 
 // Scores `keys` keys of a row, at most `most` at a time.
+template <bool kPairs>
 inline void score_rows(Fetch fetch, const Scores& args, int rows, int64_t keys, int64_t most) {
-  if (fetch == kConsecutive) return score_rows<kConsecutive>(args, rows, keys, most);
-  if (fetch == kPermuted) return score_rows<kPermuted>(args, rows, keys, most);
-  return score_rows<kScattered>(args, rows, keys, most);
+  if (fetch == kConsecutive) return score_rows<kPairs, kConsecutive>(args, rows, keys, most);
+  if (fetch == kPermuted) return score_rows<kPairs, kPermuted>(args, rows, keys, most);
+  return score_rows<kPairs, kScattered>(args, rows, keys, most);
 }
 
 // A row of tokens that the sums [begin, end) of a tile take part in; sum r weighs its tokens by numbers that begin
