@@ -291,6 +291,22 @@ def test_truncated_files_are_refused(kept: float, name: str, tmp_path: Path):
     refuse(path, f"{name} is (damaged|truncated)")
 
 
+@pytest.mark.parametrize(
+    ("content", "start"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><head><title>Not Found</title></head></html>",
+            r"<!DOCTYPE html>\\n<html><head><title>Not",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1", "version https://git-lfs"),
+        (b"text", "text'$"),
+    ],
+)
+def test_text_in_a_files_place_is_shown(content: bytes, start: str, tmp_path: Path):
+    (tmp_path / "model.pth").write_bytes(content)
+    refuse(tmp_path / "model.pth", f"model.pth is damaged, .*: it begins with the text '{start}")
+
+
 def corrupt(entry: dict[str, object]) -> dict[str, object]:
     return {"patch_embed.proj.0.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}
 
@@ -324,7 +340,7 @@ def test_damaged_safetensors_are_refused(header: bytes, tmp_path: Path):
         ({}, "has nothing"),
         ({"conv1.weight": torch.zeros(3)}, "has 'conv1.weight'"),
         ({"state_dict": {f"layer{i}": torch.zeros(3) for i in range(9)}}, "has 'state_dict'"),
-        ({"patch_embed.proj.0.weight": torch.zeros(4, 3, 3, 3)}, r"doesn't fit .*: 1 tensors loaded; 57 missing"),
+        ({"patch_embed.proj.0.weight": torch.zeros(4, 3, 3, 3)}, r"doesn't fit .*: 1 tensors fit; 57 missing"),
         ({"patch_embed.proj.weight": "text"}, "must hold a NAT"),
         ({3: torch.zeros(1)}, "must hold a NAT"),
     ],

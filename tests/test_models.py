@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.exc import InductorError
 
 from natten2.models import NAT, NATConfig, NATFeatures, nat_tiny
 from natten2.models.block import DropPath
@@ -304,24 +305,58 @@ def test_nat_tiny_compiles_by_inductor() -> None:
     check_compiled(model, torch.randn(1, 3, 64, 64, dtype=torch.float64), "inductor", tolerance=1e-9)
 
 
+def open_images(height: int, width: int, batch: int) -> Tensor:
+    """Images of which a compiler may assume no size."""
+    images = make_images(height, width, batch)
+    for axis in (0, 2, 3):
+        torch._dynamo.mark_dynamic(images, axis)
+    return images
+
+
 def test_image_sizes_share_a_graph() -> None:
     model = make(drop_path_rate=0.1)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for size, batch in (((40, 33), 2), ((41, 57), 3), ((64, 32), 4)):
-        images = make_images(*size, batch=batch)
-        for axis in (0, 2, 3):
-            torch._dynamo.mark_dynamic(images, axis)
+        images = open_images(*size, batch)
         for left, right in zip(logits_and_grads(compiled, images), logits_and_grads(model, images), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
     assert counter.frame_count == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("patch_size", [None, 4])
+def test_image_sizes_share_the_code_of_inductor(patch_size: int | None) -> None:
+    model = make(depths=(1, 1), patch_size=patch_size).eval()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size, batch in (((40, 33), 2), ((41, 57), 3), ((64, 64), 4)):
+        images = open_images(*size, batch)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), model(images), rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.long
+def test_inductor_can_not_train_with_convolutions_of_open_size() -> None:
+    # README.md says so. Once this fails, it need not, and ConvDownsampler may leave its images as they are.
+    model = make(depths=(1, 1))
+    torch._dynamo.reset()
+    with pytest.raises(InductorError, match="truth value of Relational"):
+        logits_and_grads(torch.compile(model, fullgraph=True), open_images(40, 33, 2))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (2, 3, 32, 32), (2, 1, 32, 32, 1)])
 def test_images_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images must have shape \[batch, 1, height, width\], got \["):
         NAT(SMALL)(torch.zeros(shape))
+
+
+def test_images_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got list"):
+        NAT(SMALL)([[0.0]])
 
 
 def test_lists_make_the_same_config() -> None:

@@ -168,9 +168,10 @@ def test_a_package_predicts_the_same_in_a_fresh_process(
     capsys.readouterr()
     predict.main([str(image), str(run / BEST)])
     expected = capsys.readouterr().out
-    command = [sys.executable, "-m", "examples.predict", str(image), str(tmp_path / "model.pt2")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout == expected, done.stderr
+    for model in (run / BEST, tmp_path / "model.pt2"):
+        command = [sys.executable, "-m", "examples.predict", str(image), str(model)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.stdout == expected, done.stderr
     assert expected.startswith("standing")
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 from golden_models import MODELS, state_dict_shapes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 
 from natten2 import models
+from natten2._when_imported import when_imported
 from natten2.models import NAT, NATConfig, NATFeatures, _timm, create, list_models
 from natten2.models.block import Block, DropPath
 from natten2.models.zoo import CONFIGS
 
+ROOT = Path(__file__).parents[1]
 # Billions of multiply-adds, as in the papers (arXiv 2204.07143, table 1; arXiv 2209.15001, tables 2, 3 and 6).
 PUBLISHED_GIGA = {
     "nat_mini": 2.7,
@@ -207,25 +215,51 @@ def test_create_refuses_overrides(arguments: dict[str, object], error: type[Exce
         on_meta("dinat_tiny", **arguments)
 
 
-def thinned(name: str) -> NATConfig:
+def thinned(name: str, levels: int = 4) -> NATConfig:
     """The structure of a published model with at most two blocks per level, and 8 channels per head."""
     config = CONFIGS[name]
-    dilations = config.dilations and tuple(level[:2] for level in config.dilations)
+    num_heads = config.num_heads[:levels]
+    dilations = config.dilations and tuple(level[:2] for level in config.dilations[:levels])
     return replace(
         config,
-        depths=tuple(min(depth, 2) for depth in config.depths),
+        depths=tuple(min(depth, 2) for depth in config.depths[:levels]),
+        num_heads=num_heads,
         dilations=dilations,
-        embed_dim=8 * config.num_heads[0],
+        embed_dim=8 * num_heads[0],
         drop_path_rate=0.0,
         num_classes=5,
     )
 
 
-def check_compiled(model: NAT | NATFeatures, images: Tensor, backend: str, tolerance: float) -> None:
+def weighted(model: NAT | NATFeatures) -> NAT | NATFeatures:
+    """The model with weights that all show in its output, which initial layer scales, queries, and keys hardly do."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        is_matrix = parameter.dim() in (2, 4)
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if is_matrix else 1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shared_kernels() -> Iterator[None]:
+    """Inductor makes every graph afresh, but compiles C++ that many models have in common only once."""
+    with (
+        fresh_cache(),
+        torch._inductor.config.patch(force_disable_caches=False, fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def compiled(model: NAT | NATFeatures, backend: str) -> tuple[nn.Module, CompileCounterWithBackend]:
     torch.compiler.reset()
     counter = CompileCounterWithBackend(backend)
-    actual = torch.compile(model, fullgraph=True, backend=counter)(images)
-    torch.testing.assert_close(actual, model(images), rtol=tolerance, atol=tolerance)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def check_compiled(model: NAT | NATFeatures, images: Tensor, backend: str, tolerance: float) -> None:
+    function, counter = compiled(model, backend)
+    torch.testing.assert_close(function(images), model(images), rtol=tolerance, atol=tolerance)
     assert counter.frame_count == 1
 
 
@@ -241,30 +275,62 @@ def test_features_trace_to_one_graph() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("shared_kernels")
 def test_every_model_compiles_by_inductor(name: str) -> None:
-    model, size = create(name).eval(), MODELS[name]["input_size"]
+    model, size = weighted(create(name)).eval(), MODELS[name]["input_size"]
     with torch.no_grad():
-        check_compiled(model, torch.randn(1, 3, size, size), "inductor", tolerance=1e-4)
+        check_compiled(model, torch.randn(1, 3, size, size), "inductor", tolerance=1e-5)
 
 
-class Registry:
-    """A stand-in for `timm.models`, whose decorator keeps what it is given."""
+@pytest.mark.long
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.usefixtures("shared_kernels")
+def test_every_structure_trains_by_inductor(name: str) -> None:
+    model, images = weighted(NAT(thinned(name, levels=2))).double(), torch.randn(2, 3, 65, 50, dtype=torch.float64)
+    function, counter = compiled(model, "inductor")
 
-    def __init__(self) -> None:
-        self.entries: dict[str, object] = {}
+    def step(function: nn.Module) -> list[Tensor]:
+        logits = function(images)
+        return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
 
-    def register_model(self, entry: object) -> object:
-        # What timm reads of a function: its name, and the module that it adds the name to.
-        assert isinstance(sys.modules[entry.__module__].__all__, list)
-        self.entries[entry.__name__] = entry
-        return entry
+    torch.testing.assert_close(step(function), step(model), rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
 
 
-def test_timm_gets_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = Registry()
-    monkeypatch.setitem(sys.modules, "timm", registry)
-    monkeypatch.setitem(sys.modules, "timm.models", registry)
-    _timm.register()
+# Of timm, what takes part in the registration.
+TIMM = """
+entries = {}
+
+def register_model(entry):
+    # What timm reads of a function: its name, and the module that it adds the name to.
+    import sys
+    assert isinstance(sys.modules[entry.__module__].__all__, list)
+    entries[entry.__name__] = entry
+    return entry
+"""
+
+
+@pytest.fixture
+def timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of a module `timm.models` that can be imported, but was not yet."""
+    for name in ("timm", "timm.models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("from timm import models")
+    file = tmp_path / "timm" / "models.py"
+    file.write_text(TIMM)
+    yield file
+    for name in ("timm", "timm.models"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("timm")
+def test_timm_gets_every_model() -> None:
+    when_imported("timm.models", _timm.register)
+    assert "timm" not in sys.modules
+    registry = importlib.import_module("timm").models
     assert sorted(registry.entries) == sorted(MODELS)
     entry = registry.entries["dinat_tiny"]
     with torch.device("meta"):
@@ -276,14 +342,51 @@ def test_timm_gets_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
         entry(pretrained=True)
 
 
-def test_a_timm_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.warns(UserWarning, match="natten2's models are not in timm's registry, since timm fails"):
-        _timm.register()
+def test_a_timm_without_the_registry_is_told(timm: Path) -> None:
+    timm.write_text("")
+    when_imported("timm.models", _timm.register)
+    with pytest.warns(UserWarning, match="natten2's models are not in timm's registry: cannot import name 'register"):
+        importlib.import_module("timm")
 
 
-def test_timm_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    _timm.register()
-    assert "timm" not in sys.modules
+IMPORTS = """
+import sys, natten2
+assert "timm" not in sys.modules
+if len(sys.argv) > 1:
+    import timm
+    assert sorted(timm.models.entries) == sorted(natten2.models.list_models())
+"""
+
+
+def test_timm_is_registered_with_by_import_alone(timm: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(timm.parents[1]), str(ROOT)))}
+    command = (sys.executable, "-W", "error::UserWarning", "-c", IMPORTS)
+    subprocess.run((*command, "timm"), env=environment, check=True)
+    # A timm that can't be imported is none of our business.
+    timm.write_text("raise RuntimeError")
+    subprocess.run(command, env=environment, check=True)
+
+
+def test_a_module_is_noticed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    (tmp_path / "natten2_noticed.py").write_text("value = 1")
+    calls: list[int] = []
+
+    def act() -> None:
+        calls.append(sys.modules["natten2_noticed"].value)
+
+    before = len(sys.meta_path)
+    when_imported("natten2_noticed", act)
+    when_imported("natten2_missing", act)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("natten2_missing")
+    assert calls == []
+    module = importlib.import_module("natten2_noticed")
+    assert (calls, len(sys.meta_path)) == ([1], before)
+    assert isinstance(module.__loader__, SourceFileLoader)
+    importlib.reload(module)
+    assert calls == [1]
+    when_imported("natten2_noticed", act)
+    assert calls == [1, 1]
+    del sys.modules["natten2_noticed"]

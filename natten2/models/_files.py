@@ -19,6 +19,7 @@ __all__ = ["fetch", "read"]
 _SCHEMES = ("https", "http", "file")
 _BLOCK_BYTES = 2**20
 _LONGEST_REASON = 300
+_MOST_SHOWN = 40
 # https://huggingface.co/docs/safetensors: the header's length in 8 bytes, the header, and the tensors' bytes.
 _LENGTH_BYTES = 8
 _DTYPES = {
@@ -61,8 +62,8 @@ def read(path: Path) -> object:
         ValueError: The file is damaged, or holds anything but tensors and plain values.
     """
     with path.open("rb") as file:
-        start = file.read(_LENGTH_BYTES + 1)
-    if path.suffix == ".safetensors" or (start[:2] != b"PK" and start[_LENGTH_BYTES:] == b"{"):
+        start = file.read(_MOST_SHOWN)
+    if path.suffix == ".safetensors" or (start[:2] != b"PK" and start[_LENGTH_BYTES:].startswith(b"{")):
         return _read_safetensors(path)
     try:
         # Training programs save their options too.
@@ -70,7 +71,13 @@ def read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle may fail anywhere.
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: {_reason(error)}") from error
+        reason = f"it begins with the text {start.decode()!r}" if _is_text(start) else _reason(error)
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether this is the start of a web page, an index, or a pointer to the file, but not of the file itself."""
+    return bool(start) and start.isascii() and start.decode().replace("\n", "").isprintable()
 
 
 def _reason(error: Exception) -> str:

@@ -1,9 +1,7 @@
-"""Entries for timm's model registry, so that `timm.create_model("dinat_tiny")` works where both are installed."""
+"""Entries for timm's model registry, so that `timm.create_model("dinat_tiny")` works where both are imported."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -16,13 +14,11 @@ _TIMMS_OWN = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def register() -> None:
-    """Registers every model if timm is installed; warns if timm can't be imported."""
-    if "timm" not in sys.modules and importlib.util.find_spec("timm") is None:
-        return
+    """Registers every model; warns if this timm has another registry."""
     try:
         from timm.models import register_model
-    except Exception as error:
-        warnings.warn(f"natten2's models are not in timm's registry, since timm fails: {error!r}", stacklevel=2)
+    except ImportError as error:
+        warnings.warn(f"natten2's models are not in timm's registry: {error}", stacklevel=2)
         return
     for name in CONFIGS:
         register_model(_entry(name))

@@ -50,6 +50,10 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
+        return self.describe("loaded")
+
+    def describe(self, done: str) -> str:
+        """All of it in a sentence; `done` is what became of the tensors that fit."""
         mismatched = [f"{name} {list(there)} for {list(here)}" for name, there, here in self.mismatched]
         parts = {
             "missing": self.missing,
@@ -59,7 +63,7 @@ class LoadReport:
             "ignored": self.ignored,
         }
         found = [f"{len(names)} {what} ({_shortened(names)})" for what, names in parts.items() if names]
-        return "; ".join([f"{len(self.loaded)} tensors loaded", *found])
+        return "; ".join([f"{len(self.loaded)} tensors {done}", *found])
 
 
 def load_checkpoint(
@@ -116,7 +120,7 @@ def load_checkpoint(
     interpolated = _interpolate(tensors, targets) if interpolate_rpb else ()
     report = _compare(tensors, targets, interpolated, ignored)
     if (strict and not report.is_complete) or not any(name.endswith("attn.qkv.weight") for name in report.loaded):
-        raise ValueError(f"{path} doesn't fit the model, which is unchanged: {report}")
+        raise ValueError(f"{path} doesn't fit the model, which is unchanged: {report.describe('fit')}")
     with torch.no_grad():
         for name in report.loaded:
             targets[name].copy_(tensors[name])

@@ -47,7 +47,11 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.reduction(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        images = tokens.permute(0, 3, 1, 2)
+        if any(_is_open(length) for length in images.shape[2:]):
+            # Inductor of torch 2.13 fails to order a convolution's axes by strides that are open.
+            images = images.contiguous()
+        return self.norm(self.reduction(images).permute(0, 2, 3, 1))
 
 
 class PatchEmbedding(nn.Module):
@@ -86,3 +90,13 @@ class PatchMerging(nn.Module):
         # Down before right: the order of the released weights' channels.
         corners = [tokens[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+
+def _is_open(size: int | torch.SymInt) -> bool:
+    """Whether the model is traced for any size of an axis, and not for this one."""
+    if not torch.compiler.is_compiling():
+        return isinstance(size, torch.SymInt)
+    # It takes long to import, but a compiler has done so.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(size)

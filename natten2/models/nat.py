@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from natten2._arguments import integers
+from natten2._arguments import check_tensor, integers
 from natten2.models.block import Block
 from natten2.models.config import NATConfig
 from natten2.models.embedding import make_downsampler, make_embedding
@@ -48,7 +48,9 @@ class Backbone(nn.Module):
 
         Raises:
             ValueError: The images have the wrong number of axes or channels.
+            TypeError: They are no tensor.
         """
+        check_tensor("images", images)
         if images.dim() != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
                 f"images must have shape [batch, {self.config.in_chans}, height, width], got {list(images.shape)}"
