@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.compare import DTYPES, check
 from benchmarks.cpu import positive
-from benchmarks.memory import in_a_process, peak_bytes
+from benchmarks.memory import format_memory, in_a_process, measure_memory, peak_bytes
 from benchmarks.report import describe_machine, format_table, write_json
 from benchmarks.swin import SwinTiny
 from benchmarks.timing import Settings, clock_for, interleave, ratio, threads
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--threads", type=positive, default=1, help="more than one are timed by the wall clock")
     parser.add_argument("--rounds", type=positive, help=f"samples of each model, by default {_SETTINGS.rounds}")
-    parser.add_argument("--memory", action="store_true", help="peak memory as well, on Linux")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step, and of one layer's, on Linux")
     parser.add_argument("--eager", dest="compile", action="store_false", help="without torch.compile, for a first look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
 
@@ -94,14 +94,16 @@ def main(options: argparse.Namespace) -> None:
     cases = [(dtype, mode) for dtype in options.dtype for mode in options.mode]
     progress = tqdm(cases, unit="case", desc="compiling and measuring")
     speeds = [measure(names, *case, options, settings) for case in progress]
+    layers = [measure_memory(dtype) for dtype in options.dtype] if options.memory else []
     machine = describe_machine()
     print(f"{machine['processor']}, {options.threads} thread{'s' if options.threads > 1 else ''}")
-    print(_format(speeds))
+    print("\n\n".join(filter(None, (_format(speeds), format_memory(layers)))))
     if options.json is not None:
         content = {
             "machine": machine,
             "settings": {**asdict(settings), "threads": options.threads, "compile": options.compile},
             "speeds": [asdict(speed) for speed in speeds],
+            "layers": [asdict(layer) for layer in layers],
         }
         write_json(options.json, content)
 

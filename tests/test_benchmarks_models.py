@@ -16,6 +16,7 @@ pytest.importorskip("tqdm")
 from benchmarks import models
 from benchmarks.__main__ import main
 from benchmarks.compare import WrongResultError
+from benchmarks.memory import Memory
 from benchmarks.swin import SwinLayer, SwinTiny
 from natten2.models import NAT, NATConfig
 
@@ -87,6 +88,8 @@ def test_models_writes_every_number_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(models, "in_a_process", lambda _, name, *__: {"nat-tiny": 3, "swin-tiny": 4}[name] * 2**20)
+    peaks = {"natten2": 7 * 2**20, "swin": 10 * 2**20}
+    monkeypatch.setattr(models, "measure_memory", lambda dtype: Memory(dtype, 8, 56, 64, peaks))
     monkeypatch.setattr(models, "_SETTINGS", models.Settings(rounds=3, warmups=1, min_seconds=0.0))
     file = tmp_path / "models.json"
     main(["models", "--model", "swin-tiny", "--batch", "2", "--eager", "--memory", "--json", str(file)])
@@ -101,6 +104,8 @@ def test_models_writes_every_number_it_measured(
         assert 0 < speed["ratio"]["swin-tiny"] < 1
         assert f"{speed['images_per_second']['nat-tiny']:.2f}" in printed
     assert "75%" in printed
+    assert [layer["peak_bytes"] for layer in content["layers"]] == [peaks] * 2
+    assert "70% of Swin's" in printed
 
 
 @pytest.mark.usefixtures("small")
