@@ -211,6 +211,17 @@ def test_a_long_line_is_cut_into_blocks(capability: str):
     compare(*run(problem), *run(problem, REFERENCE))
 
 
+def test_a_tile_may_be_empty(capability: str):
+    # Of the last axis's dilation groups, of 33 tokens and of 32, one alone has a second tile.
+    problem = random_problem((11, 65), (7, 7), dilation=(1, 2), batch=1, heads=1, head_dim=256, bias=True).to(
+        torch.float32
+    )
+    (results, grads), (expected, expected_grads) = run(problem), run(problem.to(torch.float64), REFERENCE)
+    for result, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
+        if wanted is not None and wanted.numel() > 0:
+            assert relative_error(result, wanted) <= 3e-6
+
+
 @pytest.mark.parametrize(
     ("spatial", "kernel_size"), [((3000,), (3000,)), ((41, 43), (41, 43)), ((7, 9, 11), (7, 9, 11))]
 )

@@ -121,6 +121,7 @@ class Lines {
   template <class Storage>
   void start(const int64_t* offsets, int64_t columns, int64_t token_channels) {
     constexpr int64_t kLine = 64;
+    if (columns == 0) return;
     const int64_t bytes = token_channels * static_cast<int64_t>(sizeof(Storage));
     for (int64_t b = 0; b < blocks_; ++b) {
       int64_t column = b * kLanes, byte = 0;
