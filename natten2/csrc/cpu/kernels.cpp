@@ -3,8 +3,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "path.h"
-#include "stencil_backward.h"
-#include "stencil_forward.h"
+#include "stencil_passes.h"
 
 namespace natten2::cpu {
 

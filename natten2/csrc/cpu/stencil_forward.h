@@ -189,55 +189,5 @@ class StencilForward {
   float* scores_;
 };
 
-// A task is a sheet, and one row of the first axis.
-template <class Storage>
-struct StencilForwardPass {
-  static constexpr int64_t kTasks = 4;
-
-  static Cut cut(const Forward& args) { return natten2::cpu::cut(args.problem, Visit::kOwned, kTasks); }
-
-  static int64_t count(const Forward& args) {
-    const Problem& problem = args.problem;
-    const Cut cut = StencilForwardPass::cut(args);
-    return cut.chunks * cut.tiles * problem.batch * problem.axes[0].length * problem.axes[1].dilation * cut.strips;
-  }
-
-  static int64_t work(const Forward& args) {
-    const Problem& problem = args.problem;
-    const Cut cut = StencilForwardPass::cut(args);
-    return cut.most_queries * cut.rows * group_size(problem) * most_found<Seek::kKeys>(problem) *
-           (problem.head_dim + problem.value_dim) / 8;
-  }
-
-  static int64_t scratch_bytes(const Forward& args) {
-    const Cut cut = StencilForwardPass::cut(args);
-    Arena arena(nullptr);
-    StencilForward<Storage>(args, cut, arena);
-    return arena.used();
-  }
-
-  static void run(const Forward& args, int64_t begin, int64_t end, void* scratch) {
-    const Problem& problem = args.problem;
-    const Cut cut = StencilForwardPass::cut(args);
-    Arena arena(scratch);
-    StencilForward<Storage> stencil(args, cut, arena);
-    for (int64_t task = begin, strips; task < end; task += strips) {
-      int64_t rest = task;
-      const auto next = [&](int64_t size) {
-        const int64_t index = rest % size;
-        rest /= size;
-        return index;
-      };
-      const int64_t strip = next(cut.strips), group1 = next(problem.axes[1].dilation);
-      const int64_t index0 = next(problem.axes[0].length), batch = next(problem.batch);
-      const int64_t tile = next(cut.tiles), chunk = next(cut.chunks);
-      const int64_t dilation0 = problem.axes[0].dilation;
-      // Those that follow each other as one, so that the keys that both see are loaded once.
-      strips = smaller(cut.strips - strip, end - task);
-      stencil.run({chunk, tile, batch, index0 % dilation0, group1, strip}, index0 / dilation0, strips);
-    }
-  }
-};
-
 }  // namespace NATTEN2_ISA
 }  // namespace natten2::cpu
