@@ -163,7 +163,13 @@ def test_what_modules_refuse():
         natten2.nested.attend(module, nested, [(5, 1), (3, 3), (1, 3), (1, 4)])
 
 
-def test_what_is_refused():
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_what_is_refused(grad_mode: type):
+    with grad_mode():
+        check_what_is_refused()
+
+
+def check_what_is_refused() -> None:
     _, nested = jagged(22, 2, 4)
     _, other = jagged(22, 2, 4, offsets=torch.tensor([0, 4, 14, 17, 22]))
     dense = torch.randn(4, 9, 2, 4, dtype=torch.float64)

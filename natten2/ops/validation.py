@@ -394,11 +394,12 @@ def call_backend(op: torch._ops.OpOverload, keyset: DispatchKeySet, *args: objec
         args: The operator's arguments.
     """
     keyset = keyset.remove(DispatchKey.BackendSelect)
+    if keyset.has(DispatchKey.Python):
+        # A subclass of tensors comes before its backend: its rule calls again with the tensors that it holds.
+        return op.redispatch(keyset, *args)
     check = CHECKS[op]
     if not keyset.has(DispatchKey.CPU):
-        # A subclass of tensors comes before its backend: its rule calls again with the tensors that it holds.
-        if not keyset.has(DispatchKey.Python):
-            check(*args)
+        check(*args)
         return op.redispatch(keyset, *args)
     try:
         return op.redispatch(keyset, *args)
