@@ -63,8 +63,12 @@ class Tile {
   }
 
   void softmax() {
-    for (int64_t b = 0; b < walk_.columns.blocks(); ++b)
-      for (int r = 0; r < kRows; ++r) stencil_.softmax(tile_, r);
+    for (int64_t b = 0; b < walk_.columns.blocks(); ++b) {
+      for (int r = 0; r < kRows; ++r) {
+        stencil_.weigh(tile_, r, walk_.columns.block_at(b));
+        stencil_.write_logsumexp(tile_, r, walk_.columns.block_at(b));
+      }
+    }
   }
 
   void sum_values() {

@@ -222,6 +222,26 @@ def test_a_tile_may_be_empty(capability: str):
             assert relative_error(result, wanted) <= 3e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [20, 32])
+@pytest.mark.parametrize(
+    ("spatial", "kernel_size", "options"),
+    [
+        ((45, 19), (7, 5), {"heads": 3}),
+        ((45, 19), (7, 5), {"heads": 3, "scale": 3.0}),  # beyond 1, sums are scaled, not queries
+        ((70, 33), (4, 6), {"stride": (4, 3), "dilation": (2, 1), "is_causal": (True, False)}),
+        ((30, 12), (11, 11), {"heads": 6, "key_heads": 2}),
+        ((4, 40, 9), (3, 5, 4), {}),
+    ],
+)
+def test_gradients_of_tall_images(
+    capability: str, spatial: tuple[int, ...], kernel_size: tuple[int, ...], options: dict, head_dim: int, dtype
+):
+    # So many rows that a key's gradient is summed several times, and the memory of its sums used again.
+    problem = random_problem(spatial, kernel_size, head_dim=head_dim, bias=True, batch=1, **options)
+    check_small_window(problem, dtype)
+
+
 @pytest.mark.parametrize(
     ("spatial", "kernel_size"), [((3000,), (3000,)), ((41, 43), (41, 43)), ((7, 9, 11), (7, 9, 11))]
 )
@@ -254,6 +274,15 @@ def test_products_are_scaled_after_they_are_summed(capability: str):
     )
     _, logsumexp = na_forward(query, key, value, None, None, None, (2,), (1,), (1,), (False,), 10.0)
     torch.testing.assert_close(logsumexp.flatten(), torch.tensor([0.0, 10.0]).logsumexp(0).expand(2))
+
+
+def test_gradients_are_scaled_after_they_are_summed(capability: str):
+    problem = random_problem((40,), (5,), head_dim=16, scale=10.0)
+    query, key, *rest = problem.tensors
+    large = replace(problem, tensors=(1e38 * query.sign(), 1e-39 * key, *rest), grad_output=1e-6 * problem.grad_output)
+    large = replace(large, grad_logsumexp=torch.zeros_like(problem.grad_logsumexp)).to(torch.float32)
+    (_, grads), (_, expected) = run(large), run(large.to(torch.float64), REFERENCE)
+    assert relative_error(grads[1], expected[1]) <= 1e-5
 
 
 def test_an_empty_batch_costs_nothing(capability: str):

@@ -33,13 +33,24 @@ def register_differentiable(
             forward mode of forward mode, which PyTorch gets wrong for a rule, are PyTorch's own.
     """
 
-    def forward(*args: object) -> object:
+    def forward(keyset: _C.DispatchKeySet | None, *args: object) -> object:
+        # The keys that are left, unless levels of torch.func are: a second call would take as long as a small problem.
+        if keyset is not None:
+            return call_backend(op, keyset, *args)
         # The node switches both differentiation modes off; the outer levels of torch.func still need them on.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def setup_context(ctx, inputs: tuple[object, ...], output: object) -> None:
+        rule.setup_context(ctx, inputs[1:], output)
+
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *rule.backward(ctx, *grads)
+
     members = {
         "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
         "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
     }
     node = type(rule.__name__, (rule, _SingleLevelFunction), members)
@@ -51,10 +62,13 @@ def register_differentiable(
         if (is_transformed or is_traced) and _have_tangents(args, is_traced):
             CHECKS[op](*args)
             return formula(*args)
-        if not is_transformed and not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
-            return call_backend(op, keyset & _C._after_autograd_keyset, *args)
-        with enable_single_level_autograd_function():
-            return node.apply(*args)
+        if is_transformed:
+            with enable_single_level_autograd_function():
+                return node.apply(None, *args)
+        keyset = keyset & _C._after_autograd_keyset
+        if not (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
+            return call_backend(op, keyset, *args)
+        return node.apply(keyset, *args)
 
     library.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
 

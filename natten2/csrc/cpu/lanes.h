@@ -201,16 +201,20 @@ inline Lanes smaller_lanes(Lanes x, Lanes y) {
 inline Lanes exponential(Lanes x) {
   constexpr float kLog2E = 1.44269504089f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = smaller_lanes(splat(89.0f), larger_lanes(splat(-104.0f), x));
+  x = larger_lanes(splat(-104.0f), x);
+#if !defined(__AVX512F__)
+  // There, the last instruction gives infinity by itself, whatever the polynomial is.
+  x = smaller_lanes(splat(89.0f), x);
+#endif
   const Lanes shifted = x * kLog2E + kRound;
   const Lanes count = shifted - kRound;
   const Lanes rest = (x - count * kLn2High) - count * kLn2Low;
-  // In pairs, since the processor waits for the longest chain of operations.
-  const Lanes square = rest * rest;
-  const Lanes high = 1.9875691500e-4f * rest + 1.3981999507e-3f;
-  const Lanes middle = 8.3334519073e-3f * rest + 4.1665795894e-2f;
-  const Lanes low = 1.6666665459e-1f * rest + 5.0000001201e-1f;
-  const Lanes polynomial = ((high * square + middle) * square + low) * square + rest + 1.0f;
+  Lanes polynomial = 1.3814540580e-3f * rest + 8.3687454462e-3f;
+  polynomial = polynomial * rest + 4.1668388993e-2f;
+  polynomial = polynomial * rest + 1.6666521132e-1f;
+  polynomial = polynomial * rest + 4.9999994040e-1f;
+  polynomial = polynomial * rest + 1.0f;
+  polynomial = polynomial * rest + 1.0f;
 #if defined(__AVX512F__)
   return (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)polynomial, (__m512)count);
 #else

@@ -74,6 +74,7 @@ class StencilForward {
                                                   static_cast<float>(problem_.scale), scores_,
                                                   [&](int64_t s) { return ahead(tile, b, s); });
     for (int r = 0; r < tile.count; ++r) weigh(tile, r, block);
+    for (int r = 0; r < tile.count; ++r) write_logsumexp(tile, r, block);
     sum_values(tile, block);
   }
 
@@ -89,6 +90,7 @@ class StencilForward {
       for (int r = 0; r < rows.count; ++r) {
         const Block& block = walk_.columns.block_at(b + r);
         weigh(rows, r, block);
+        write_logsumexp(rows, r, block);
         const int64_t* offsets = output_offsets_ + block.first;
         sum_wide_queries<Storage>(walk_.columns, block, sources_[0].tokens, scores_ + r * sizes_.window_scores,
                                   problem_.value_dim, 1, [&](int64_t column) { return row + offsets[column]; });
@@ -110,16 +112,9 @@ class StencilForward {
                 problem_.head_dim, queries_ + r * score_head_dim_ * kLanes, kLanes);
   }
 
-  // Turns the scores of a query row into weights, and writes their log-sum-exp.
+  // Turns the scores of a query row into weights.
   void weigh(const RowTile& tile, int r, const Block& block) {
     walk_.hide(tile, r, block, -std::numeric_limits<float>::infinity(), scores_);
-    const Lanes logsumexp = softmax(tile, r);
-    float* out = row_of<float>(args_.logsumexp, tile, r);
-    for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
-  }
-
-  // Turns the scores of a query row into weights, and returns their log-sum-exp.
-  Lanes softmax(const RowTile& tile, int r) {
     const Lanes infinity = splat(std::numeric_limits<float>::infinity());
     Lanes most = -infinity;
     walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
@@ -149,7 +144,15 @@ class StencilForward {
       float* scores = scores_ + first;
       for (int64_t i = 0; i < vectors; ++i) store_lanes(factor * load_lanes(scores + i * kLanes), scores + i * kLanes);
     });
-    return shift + logarithm(total);
+    shift_[r] = shift;
+    total_[r] = total;
+  }
+
+  // Apart from the weights, so that the rows' logarithms, long chains of operations, run side by side.
+  void write_logsumexp(const RowTile& tile, int r, const Block& block) const {
+    const Lanes logsumexp = shift_[r] + logarithm(total_[r]);
+    float* out = row_of<float>(args_.logsumexp, tile, r);
+    for (int64_t i = 0; i < block.count; ++i) out[logsumexp_offsets_[block.first + i]] = logsumexp[i];
   }
 
   void sum_values(const RowTile& tile, const Block& block) {
@@ -187,6 +190,8 @@ class StencilForward {
   float* values_;  // by token
   float* queries_;
   float* scores_;
+  Lanes shift_[kRows];  // of the scores of each query row
+  Lanes total_[kRows];  // of their weights, before they are divided by it
 };
 
 }  // namespace NATTEN2_ISA

@@ -76,7 +76,7 @@ inline void sum_queries(const Columns& columns, const Block& block, const Source
   for_each_sum(
       block.count, vectors, [&](int64_t column) { return Interval{starts[column], starts[column] + sizes[column]}; },
       [&](auto columns, auto width, int64_t column, int64_t vector, const Span& span) NATTEN2_INLINE {
-        ColumnSums sums = {sources, source_count, vectors * kLanes, vector * kLanes, span, {}};
+        ColumnSums sums = {sources, source_count, vectors * kLanes, vector * kLanes, span, {}, {}};
         Outputs<Storage, columns(), width()> outputs(sums, vector * kLanes, channels - vector * kLanes,
                                                      [&](int c, int r) { return row_of(r, column + c); });
         sum_query_columns<columns(), width()>(sums, weights + column - starts[column] * kLanes,
@@ -123,7 +123,7 @@ inline void sum_wide_queries(const Columns& columns, const Block& block, const f
         for (int r = 0; r < count; ++r)
           row.weights[r] = r - (starts[column + r] - starts[column]) * static_cast<int32_t>(kLanes);
         const int piece_count = cut_source(row, parts, count, pieces);
-        ColumnSums sums = {pieces, piece_count, vectors * kLanes, vector * kLanes, {}, {}};
+        ColumnSums sums = {pieces, piece_count, vectors * kLanes, vector * kLanes, {}, {}, {}};
         Outputs<Storage, 1, width()> outputs(
             sums, vector * kLanes, channels - vector * kLanes,
             [&](int, int r) -> Storage* { return r < count ? row_of(column + r) : nullptr; });

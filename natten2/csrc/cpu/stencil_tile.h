@@ -197,7 +197,8 @@ struct ColumnSums {
   int64_t pitch;  // from token to token
   int64_t channel;
   Span span;
-  float* out[2][kRows];
+  float* out[2][kRows];  // or null
+  bool is_begun[kRows];  // whether there is something to add to
 };
 
 // Neighboring columns as the sums of one: cuts the row that they run over wherever a column begins or ends. Returns the
@@ -285,7 +286,14 @@ template <int kAlone, int kBoth, bool kOnto, int kColumns, int kWidth, class Wei
     unrolled<0, kRows>(
         [&](auto r) NATTEN2_INLINE { unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE { sums[c][r][i] = Lanes{}; }); });
   });
-  if constexpr (kOnto) for_each([](Lanes& sum, const float* out) NATTEN2_INLINE { sum = load_lanes(out); });
+  if constexpr (kOnto) {
+    unrolled<0, kRows>([&](auto r) NATTEN2_INLINE {
+      if (args.is_begun[r])
+        unrolled<0, kColumns>([&](auto c) NATTEN2_INLINE {
+          unrolled<0, kWidth>([&](auto i) NATTEN2_INLINE { sums[c][r][i] = load_lanes(args.out[c][r] + i * kLanes); });
+        });
+    });
+  }
   for (const Source* source = args.sources; source < args.sources + args.source_count; ++source) {
     switch (source->begin * 8 + source->end) {
       case 1:

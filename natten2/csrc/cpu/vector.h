@@ -104,13 +104,12 @@ inline float exponential(float x) {
   const float shifted = x * kLog2E + kRound;
   const float count = shifted - kRound;
   const float rest = (x - count * kLn2High) - count * kLn2Low;
-  float polynomial = 1.9875691500e-4f;
-  polynomial = polynomial * rest + 1.3981999507e-3f;
-  polynomial = polynomial * rest + 8.3334519073e-3f;
-  polynomial = polynomial * rest + 4.1665795894e-2f;
-  polynomial = polynomial * rest + 1.6666665459e-1f;
-  polynomial = polynomial * rest + 5.0000001201e-1f;
-  polynomial = polynomial * rest * rest + rest + 1.0f;
+  float polynomial = 1.3814540580e-3f * rest + 8.3687454462e-3f;
+  polynomial = polynomial * rest + 4.1668388993e-2f;
+  polynomial = polynomial * rest + 1.6666521132e-1f;
+  polynomial = polynomial * rest + 4.9999994040e-1f;
+  polynomial = polynomial * rest + 1.0f;
+  polynomial = polynomial * rest + 1.0f;
   // 2^count in two factors, since the exponent of one would overflow at both ends.
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
   const int32_t half = exponent >> 1;
