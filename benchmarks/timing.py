@@ -40,12 +40,15 @@ class Settings:
     Attributes:
         rounds: Samples of each function.
         warmups: Calls of each function before the first round.
+        settling: Calls before each sample: they clean up after the function whose turn was before, whose memory the
+            system may take back within them, and fill the caches.
         min_seconds: Shortest sample: a function that is faster is called several times.
         patience: Seconds of samples after which a function takes part in no more rounds, though in at least 3 of them.
     """
 
     rounds: int = 15
     warmups: int = 2
+    settling: int = 1
     min_seconds: float = 0.02
     patience: float = 10.0
 
@@ -96,6 +99,8 @@ def interleave(
         for name, function in functions.items():
             taken = samples[name]
             if len(taken) < _FEWEST_ROUNDS or sum(taken) < settings.patience:
+                for _ in range(settings.settling):
+                    function()
                 taken.append(sample(function, settings.min_seconds, clock))
     return samples
 

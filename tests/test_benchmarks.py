@@ -64,15 +64,24 @@ def test_interleave_takes_turns_after_the_warmups():
     def named(name: str):
         return lambda: (order.append(name), tick())
 
-    samples = interleave({"a": named("a"), "b": named("b")}, Settings(rounds=3, warmups=2, min_seconds=1.0), clock)
+    samples = interleave(
+        {"a": named("a"), "b": named("b")}, Settings(rounds=3, warmups=2, settling=0, min_seconds=1.0), clock
+    )
     assert order == ["a", "a", "b", "b", *["a", "b"] * 3]
     assert samples == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_calls_that_clean_up_after_another_function_are_not_timed():
+    clock = FakeClock()
+    functions = {"a": clock.function(iter([9.0, 1.0, 8.0, 2.0])), "b": clock.function(iter([7.0, 3.0, 6.0, 4.0]))}
+    samples = interleave(functions, Settings(rounds=2, warmups=0, settling=1, min_seconds=0.0), clock)
+    assert samples == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
 
 
 def test_ratio_is_taken_per_round():
     # The second round is disturbed, then the machine slows down fourfold: the ratio of the medians would be 8.
     clock = FakeClock()
-    settings = Settings(rounds=3, warmups=0, min_seconds=0.0)
+    settings = Settings(rounds=3, warmups=0, settling=0, min_seconds=0.0)
     samples = interleave(
         {"ours": clock.function(iter([1.0, 1.0, 4.0])), "other": clock.function(iter([2.0, 8.0, 8.0]))},
         settings,
@@ -84,7 +93,7 @@ def test_ratio_is_taken_per_round():
 
 def test_a_slow_function_drops_out_and_is_compared_in_its_own_rounds():
     clock = FakeClock()
-    settings = Settings(rounds=5, warmups=0, min_seconds=0.0, patience=25.0)
+    settings = Settings(rounds=5, warmups=0, settling=0, min_seconds=0.0, patience=25.0)
     samples = interleave(
         {"ours": clock.function(iter([1.0, 2.0, 4.0, 1.0, 1.0])), "slow": clock.function(iter([10.0, 20.0, 40.0]))},
         settings,
@@ -266,6 +275,7 @@ def test_cpu_writes_every_number_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert content["settings"] == {
         "rounds": 3,
         "warmups": 1,
+        "settling": 1,
         "min_seconds": 0.002,
         "patience": 1.0,
         "threads": 1,
