@@ -53,7 +53,7 @@ def register_differentiable(
         "backward": staticmethod(backward),
         "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
     }
-    node = type(rule.__name__, (rule, _SingleLevelFunction), members)
+    node = type(rule.__name__, (_SingleLevelFunction,), members)
 
     def kernel(keyset: _C.DispatchKeySet, *args: object) -> object:
         is_transformed = _C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -203,18 +203,13 @@ inline Lanes exponential(Lanes x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   x = larger_lanes(splat(-104.0f), x);
 #if !defined(__AVX512F__)
-  // There, the last instruction gives infinity by itself, whatever the polynomial is.
+  // The last instruction of AVX-512 gives infinity by itself, whatever the polynomial is.
   x = smaller_lanes(splat(89.0f), x);
 #endif
   const Lanes shifted = x * kLog2E + kRound;
   const Lanes count = shifted - kRound;
   const Lanes rest = (x - count * kLn2High) - count * kLn2Low;
-  Lanes polynomial = 1.3814540580e-3f * rest + 8.3687454462e-3f;
-  polynomial = polynomial * rest + 4.1668388993e-2f;
-  polynomial = polynomial * rest + 1.6666521132e-1f;
-  polynomial = polynomial * rest + 4.9999994040e-1f;
-  polynomial = polynomial * rest + 1.0f;
-  polynomial = polynomial * rest + 1.0f;
+  const Lanes polynomial = exponential_near_zero(rest);
 #if defined(__AVX512F__)
   return (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)polynomial, (__m512)count);
 #else

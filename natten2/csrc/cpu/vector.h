@@ -95,6 +95,17 @@ inline void store(const Acc* x, Storage* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(x[i]);
 }
 
+// e^x for numbers, or vectors of them, of at most ln 2 / 2.
+template <class Number>
+inline Number exponential_near_zero(Number x) {
+  Number result = 1.3814540580e-3f * x + 8.3687454462e-3f;
+  result = result * x + 4.1668388993e-2f;
+  result = result * x + 1.6666521132e-1f;
+  result = result * x + 4.9999994040e-1f;
+  result = result * x + 1.0f;
+  return result * x + 1.0f;
+}
+
 // e^x within 2 units in the last place, also where the result is subnormal; 0 and infinity beyond, NaN for NaN.
 inline float exponential(float x) {
   constexpr float kLog2E = 1.44269504089f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -104,12 +115,7 @@ inline float exponential(float x) {
   const float shifted = x * kLog2E + kRound;
   const float count = shifted - kRound;
   const float rest = (x - count * kLn2High) - count * kLn2Low;
-  float polynomial = 1.3814540580e-3f * rest + 8.3687454462e-3f;
-  polynomial = polynomial * rest + 4.1668388993e-2f;
-  polynomial = polynomial * rest + 1.6666521132e-1f;
-  polynomial = polynomial * rest + 4.9999994040e-1f;
-  polynomial = polynomial * rest + 1.0f;
-  polynomial = polynomial * rest + 1.0f;
+  const float polynomial = exponential_near_zero(rest);
   // 2^count in two factors, since the exponent of one would overflow at both ends.
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
   const int32_t half = exponent >> 1;
