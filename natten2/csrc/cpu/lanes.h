@@ -1,8 +1,6 @@
 // Whole vectors of float32, one lane for each of several queries or channels.
 #pragma once
 
-#include <utility>
-
 #include "vector.h"
 
 namespace natten2::cpu {
@@ -23,16 +21,13 @@ using LaneInts [[gnu::vector_size(kLanes * sizeof(int32_t))]] = int32_t;
 using LaneBits [[gnu::vector_size(kLanes * sizeof(uint32_t))]] = uint32_t;
 using LaneShorts [[gnu::vector_size(kLanes * sizeof(uint16_t))]] = uint16_t;
 
-// Of a lambda.
-#define NATTEN2_INLINE __attribute__((always_inline))
-
-// Calls `act` with the constants kBegin to kEnd - 1. Unrolled by the language, since arrays of vectors that a loop
-// indexes, unrolled or not, the compiler would keep in memory.
-template <int kBegin, int kEnd, class Act>
-[[gnu::always_inline]] inline void unrolled(Act&& act) {
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) NATTEN2_INLINE {
-    (act(std::integral_constant<int, kBegin + kIndex>()), ...);
-  }(std::make_integer_sequence<int, kEnd - kBegin>());
+// Visits the numbers up to `count`, a few at a time: `act(first, few)`, how many as a type.
+template <class Act>
+[[gnu::always_inline]] inline void for_each_few(int64_t count, Act&& act) {
+  constexpr int kFew = 4;
+  int64_t i = 0;
+  for (; i + kFew <= count; i += kFew) act(i, std::integral_constant<int, kFew>());
+  for (; i < count; ++i) act(i, std::integral_constant<int, 1>());
 }
 
 // Subtracting zero changes no number, so that the compiler leaves a plain broadcast.
@@ -98,12 +93,17 @@ inline Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
 #endif
 }
 
-// The same, into a register that keeps its sum: the compiler would move it from one to another.
+// The same, into a register that keeps its sum: the compiler would move it from one to another. A sum that the
+// instruction wrote in place, without `kept`, would live in memory.
 [[gnu::always_inline]] inline void accumulate(Lanes x, Lanes y, Lanes& sum) {
+#if defined(__FMA__)
+  Lanes kept = sum;
 #if defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
-#elif defined(__FMA__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(kept) : "v"(x), "v"(y));
+#else
+  asm("vfmadd231ps %2, %1, %0" : "+x"(kept) : "x"(x), "x"(y));
+#endif
+  sum = kept;
 #else
   sum += x * y;
 #endif
@@ -130,7 +130,9 @@ constexpr int64_t score_channels(int64_t channels) {
 // Adds the products of pairs of bfloat16s, of which the instruction takes subnormal ones for zero.
 [[gnu::always_inline]] inline void accumulate_pairs(Lanes x, Lanes y, Lanes& sum) {
 #if defined(__AVX512BF16__)
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  Lanes kept = sum;
+  asm("vdpbf16ps %2, %1, %0" : "+v"(kept) : "v"(x), "v"(y));
+  sum = kept;
 #else
   const LaneBits kHigh = LaneBits{} + 0xffff0000u;
   accumulate((Lanes)((LaneBits)x & kHigh), (Lanes)((LaneBits)y & kHigh), sum);
@@ -146,6 +148,17 @@ inline Lanes held(Lanes x) {
   asm("" : "+x"(x));
 #endif
   return x;
+}
+
+// Lane i is number index[i] of a vector.
+inline Lanes permute(Lanes x, LaneInts index) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_permutexvar_ps(kAllLanes, (__m512i)index, (__m512)x);
+#elif defined(__AVX2__)
+  return (Lanes)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
+#else
+  return __builtin_shuffle(x, index);
+#endif
 }
 
 // Each lane from one of two vectors that follow each other: lane i is number index[i] of both.
@@ -197,26 +210,29 @@ inline Lanes smaller_lanes(Lanes x, Lanes y) {
 #endif
 }
 
-// e^x within 2 units in the last place; 0 and infinity beyond, NaN for NaN.
-inline Lanes exponential(Lanes x) {
-  constexpr float kLog2E = 1.44269504089f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = larger_lanes(splat(-104.0f), x);
-#if !defined(__AVX512F__)
-  // The last instruction of AVX-512 gives infinity by itself, whatever the polynomial is.
-  x = smaller_lanes(splat(89.0f), x);
-#endif
-  const Lanes shifted = x * kLog2E + kRound;
-  const Lanes count = shifted - kRound;
-  const Lanes rest = (x - count * kLn2High) - count * kLn2Low;
-  const Lanes polynomial = exponential_near_zero(rest);
+// Replaces x by e^x as for numbers. With AVX-512 it may also be subnormal, and is finite up to where it overflows.
+template <int kCount>
+[[gnu::always_inline]] inline void exponentiate(Lanes (&x)[kCount]) {
+  constexpr Exponential kConstants;
+  Lanes shifted[kCount], count[kCount], rest[kCount];
+  const auto for_each = [](auto&& act) NATTEN2_INLINE { unrolled<0, kCount>(act); };
 #if defined(__AVX512F__)
-  return (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)polynomial, (__m512)count);
+  for_each([&](auto i) NATTEN2_INLINE { x[i] = larger_lanes(splat(-104.0f), x[i]); });
 #else
-  // 2^count in two factors, since the exponent of one would overflow at both ends.
-  const LaneInts exponent = (LaneInts)shifted - (LaneInts)splat(kRound);
-  const LaneInts half = exponent >> 1;
-  return polynomial * (Lanes)((half + 127) << 23) * (Lanes)((exponent - half + 127) << 23);
+  for_each([&](auto i) NATTEN2_INLINE {
+    x[i] = smaller_lanes(splat(kConstants.most), larger_lanes(splat(kConstants.least), x[i]));
+  });
+#endif
+  for_each([&](auto i) NATTEN2_INLINE { shifted[i] = x[i] * kConstants.log2_e + kConstants.round; });
+  for_each([&](auto i) NATTEN2_INLINE { count[i] = shifted[i] - kConstants.round; });
+  for_each([&](auto i) NATTEN2_INLINE { rest[i] = x[i] - count[i] * kConstants.ln2_high; });
+  for_each([&](auto i) NATTEN2_INLINE { rest[i] -= count[i] * kConstants.ln2_low; });
+  exponentiate_near_zero(rest, x);
+#if defined(__AVX512F__)
+  for_each([&](auto i)
+               NATTEN2_INLINE { x[i] = (Lanes)_mm512_maskz_scalef_ps(kAllLanes, (__m512)x[i], (__m512)count[i]); });
+#else
+  for_each([&](auto i) NATTEN2_INLINE { x[i] *= (Lanes)((LaneInts)shifted[i] << 23); });
 #endif
 }
 

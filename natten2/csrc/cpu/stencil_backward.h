@@ -203,12 +203,16 @@ class StencilBackward {
   void weigh(const RowTile& tile, int r, const Block& block, float* all_weights, float* all_grad_scores) {
     const Lanes logsumexp = logsumexp_[r], delta = delta_[r];
     walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
-      float *weights = all_weights + first, *grad_scores = all_grad_scores + first;
-      for (int64_t i = 0; i < vectors; ++i, weights += kLanes, grad_scores += kLanes) {
-        const Lanes weight = exponential(load_lanes(weights) - logsumexp);
-        store_lanes(weight, weights);
-        store_lanes(weight * (load_lanes(grad_scores) - delta), grad_scores);
-      }
+      for_each_few(vectors, [&](int64_t i, auto few) NATTEN2_INLINE {
+        float *weights = all_weights + first + i * kLanes, *grad_scores = all_grad_scores + first + i * kLanes;
+        Lanes weight[few()];
+        unrolled<0, few()>([&](auto j) NATTEN2_INLINE { weight[j] = load_lanes(weights + j * kLanes) - logsumexp; });
+        exponentiate(weight);
+        unrolled<0, few()>([&](auto j) NATTEN2_INLINE {
+          store_lanes(weight[j], weights + j * kLanes);
+          store_lanes(weight[j] * (load_lanes(grad_scores + j * kLanes) - delta), grad_scores + j * kLanes);
+        });
+      });
     });
     walk_.hide(tile, r, block, 0, all_grad_scores);
   }

@@ -132,11 +132,15 @@ class StencilForward {
     Lanes total = {};
     walk_.for_each_piece(tile, r, [&](int64_t first, int64_t vectors) {
       float* scores = scores_ + first;
-      for (int64_t i = 0; i < vectors; ++i) {
-        const Lanes weight = exponential(load_lanes(scores + i * kLanes) - shift);
-        total += weight;
-        store_lanes(weight, scores + i * kLanes);
-      }
+      for_each_few(vectors, [&](int64_t i, auto few) NATTEN2_INLINE {
+        Lanes weights[few()];
+        unrolled<0, few()>([&](auto j) NATTEN2_INLINE { weights[j] = load_lanes(scores + (i + j) * kLanes) - shift; });
+        exponentiate(weights);
+        unrolled<0, few()>([&](auto j) NATTEN2_INLINE {
+          total += weights[j];
+          store_lanes(weights[j], scores + (i + j) * kLanes);
+        });
+      });
     });
     // Before the values are summed: their sum could overflow where their mean doesn't.
     const Lanes factor = 1.0f / total;

@@ -180,26 +180,23 @@ class Columns {
   }
 
   Block block(int64_t first) const {
-    Block block = {first, smaller(kLanes, queries_ - first), start_[first], kPermuted, {}, kLanes, true};
-    bool is_consecutive = true;
+    Block block = {first, smaller(kLanes, queries_ - first), start_[first], kConsecutive, {}, kLanes, true};
+    int64_t last = block.key;
     for (int64_t i = 0; i < block.count; ++i) {
-      is_consecutive = is_consecutive && start_[first + i] == start_[first] + i;
-      block.key = smaller(block.key, start_[first + i]);
+      const int64_t start = start_[first + i];
+      if (start != start_[first] + i) block.fetch = kPermuted;
+      block.key = smaller(block.key, start);
+      last = larger(last, start);
       block.is_full = block.is_full && size_[first + i] == problem_.axes[2].kernel_size;
     }
-    // Two vectors from there on end with the last vector of keys.
-    if (!is_consecutive) block.key = smaller(block.key, larger(0, round_up(keys_, kLanes) - 2 * kLanes));
-    int32_t most = 0;
-    for (int32_t i = 0; i < kLanes; ++i) {
-      block.index[i] = start_[first + smaller(i, block.count - 1)] - static_cast<int32_t>(block.key);
-      most = block.index[i] > most ? block.index[i] : most;
+    if (last - block.key >= kLanes || (block.fetch == kPermuted && !kPermutes)) {
+      // Two vectors from there on end with the last vector of keys.
+      block.key = smaller(block.key, larger(0, round_up(keys_, kLanes) - 2 * kLanes));
+      block.fetch = last - block.key < 2 * kLanes ? kPicked : kScattered;
+      if (block.fetch == kPicked) block.most_keys = 2 * kLanes - (last - block.key);
     }
-    if (is_consecutive)
-      block.fetch = kConsecutive;
-    else if (most < 2 * kLanes)
-      block.most_keys = 2 * kLanes - most;
-    else
-      block.fetch = kScattered;
+    for (int64_t i = 0; i < kLanes; ++i)
+      block.index[i] = start_[first + smaller(i, block.count - 1)] - static_cast<int32_t>(block.key);
     return block;
   }
 

@@ -22,13 +22,20 @@ constexpr int most_keys(int query_rows) {
 #if defined(__AVX512F__)
   constexpr int kMost[kRows] = {8, 8, 7, 7};
 #else
-  constexpr int kMost[kRows] = {7, 4, 3, 2};
+  constexpr int kMost[kRows] = {8, 6, 4, 3};
 #endif
   return kMost[query_rows - 1];
 }
 
-// How the lanes find their keys in a row: one after the other, within two vectors, or anywhere.
-enum Fetch { kConsecutive, kPermuted, kScattered, kFetches };
+// How the lanes find their keys in a row: one after the other, within a vector, within two, or anywhere.
+enum Fetch { kConsecutive, kPermuted, kPicked, kScattered };
+
+// Where one instruction picks from two vectors, which are loaded once for all keys, it does within a vector too.
+#if defined(__AVX512F__)
+constexpr bool kPermutes = false;
+#else
+constexpr bool kPermutes = true;
+#endif
 
 // Lines of memory that are wanted soon, one for each channel that scores run over: they arrive in the meantime.
 struct Ahead {
@@ -51,9 +58,26 @@ struct Scores {
   float* out[kRows];
 };
 
-template <bool kPairs, int kFetch, int kQueryRows, int kCount>
+template <bool kPairs>
+[[gnu::always_inline]] inline void add_product(Lanes queries, Lanes keys, Lanes& sum) {
+  if constexpr (kPairs)
+    accumulate_pairs(queries, keys, sum);
+  else
+    accumulate(queries, keys, sum);
+}
+
+template <int kQueryRows, int kCount>
+#if defined(__AVX512F__)
+constexpr bool kHoldsKeys = false;
+#else
+constexpr bool kHoldsKeys = kCount <= kQueryRows;
+#endif
+
+template <bool kPairs, int kFetch, int kQueryRows, int kCount, bool kIsFirst>
 void score(const Scores& args, int64_t first) {
-  Lanes sums[kQueryRows][kCount] = {};
+  Lanes sums[kQueryRows][kCount];
+  unrolled<0, kQueryRows>(
+      [&](auto r) NATTEN2_INLINE { unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { sums[r][k] = Lanes{}; }); });
   const float* key = args.keys + first;
   const float* query = args.queries;
   const int64_t pitch = args.pitch, query_row = args.query_row;
@@ -61,37 +85,43 @@ void score(const Scores& args, int64_t first) {
   LaneInts index[kCount];
   unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { index[k] = args.index + k(); });
   for (int64_t channel = 0; channel < args.channels; ++channel, key += pitch, query += kLanes) {
-    if constexpr (kFetch != kScattered) {
-      __builtin_prefetch(key + args.next);
-      __builtin_prefetch(key + args.next + kLanes);
+    if constexpr (kIsFirst) {
+      if constexpr (kFetch != kScattered) {
+        __builtin_prefetch(key + args.next);
+        __builtin_prefetch(key + args.next + kLanes);
+      }
+      if (ahead.lines) __builtin_prefetch(ahead.row + ahead.lines[channel], 0, 2);
     }
-    if (ahead.lines) __builtin_prefetch(ahead.row + ahead.lines[channel], 0, 2);
-    Lanes queries[kQueryRows];
-    unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
-      queries[r] = kCount > 1 ? held(load_lanes(query + r * query_row)) : load_lanes(query + r * query_row);
-    });
     Lanes low = {}, high = {};
-    if constexpr (kFetch == kPermuted) {
+    if constexpr (kFetch == kPicked) {
       low = load_lanes(key);
       high = load_lanes(key + kLanes);
     }
-    unrolled<0, kCount>([&](auto k) NATTEN2_INLINE {
+    const auto key_at = [&](auto k) NATTEN2_INLINE {
+      if constexpr (kFetch == kConsecutive) return load_lanes(key + k());
+      if constexpr (kFetch == kPermuted) return permute(load_lanes(key + k()), args.index);
+      if constexpr (kFetch == kPicked) return pick(low, high, index[k]);
       Lanes keys;
-      if constexpr (kFetch == kConsecutive) {
-        keys = load_lanes(key + k);
-      } else if constexpr (kFetch == kPermuted) {
-        keys = pick(low, high, index[k]);
-      } else {
-        for (int i = 0; i < kLanes; ++i) keys[i] = key[index[k][i]];
-      }
-      if constexpr (kQueryRows > 1) keys = held(keys);
+      for (int i = 0; i < kLanes; ++i) keys[i] = key[index[k][i]];
+      return keys;
+    };
+    const auto query_at = [&](auto r) NATTEN2_INLINE { return load_lanes(query + r() * query_row); };
+    // What there is less of stays in registers.
+    if constexpr (kHoldsKeys<kQueryRows, kCount>) {
+      Lanes keys[kCount];
+      unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { keys[k] = held(key_at(k)); });
       unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
-        if constexpr (kPairs)
-          accumulate_pairs(queries[r], keys, sums[r][k]);
-        else
-          accumulate(queries[r], keys, sums[r][k]);
+        const Lanes queries = kCount > 1 ? held(query_at(r)) : query_at(r);
+        unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { add_product<kPairs>(queries, keys[k], sums[r][k]); });
       });
-    });
+    } else {
+      Lanes queries[kQueryRows];
+      unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE { queries[r] = held(query_at(r)); });
+      unrolled<0, kCount>([&](auto k) NATTEN2_INLINE {
+        const Lanes keys = kQueryRows > 1 ? held(key_at(k)) : key_at(k);
+        unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE { add_product<kPairs>(queries[r], keys, sums[r][k]); });
+      });
+    }
   }
   unrolled<0, kQueryRows>([&](auto r) NATTEN2_INLINE {
     const float* bias = args.bias[r];
@@ -106,7 +136,10 @@ template <bool kPairs, int kFetch, int kQueryRows, int kCount>
 void score_some(const Scores& args, int64_t first, int64_t count) {
   if constexpr (kCount > 1)
     if (count < kCount) return score_some<kPairs, kFetch, kQueryRows, kCount - 1>(args, first, count);
-  score<kPairs, kFetch, kQueryRows, kCount>(args, first);
+  if (first == 0)
+    score<kPairs, kFetch, kQueryRows, kCount, true>(args, first);
+  else
+    score<kPairs, kFetch, kQueryRows, kCount, false>(args, first);
 }
 
 // Cuts a row of keys into pieces of about the same size, of at most `most`.
@@ -140,7 +173,9 @@ void score_rows(const Scores& args, int rows, int64_t keys, int64_t most) {
 template <bool kPairs>
 inline void score_rows(Fetch fetch, const Scores& args, int rows, int64_t keys, int64_t most) {
   if (fetch == kConsecutive) return score_rows<kPairs, kConsecutive>(args, rows, keys, most);
-  if (fetch == kPermuted) return score_rows<kPairs, kPermuted>(args, rows, keys, most);
+  if constexpr (kPermutes)
+    if (fetch == kPermuted) return score_rows<kPairs, kPermuted>(args, rows, keys, most);
+  if (fetch == kPicked) return score_rows<kPairs, kPicked>(args, rows, keys, most);
   return score_rows<kPairs, kScattered>(args, rows, keys, most);
 }
 

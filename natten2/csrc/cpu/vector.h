@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -15,19 +16,63 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
+// Of a lambda.
+#define NATTEN2_INLINE __attribute__((always_inline))
+
+// Calls `act` with the constants kBegin to kEnd - 1. Unrolled by the language, since arrays of vectors that a loop
+// indexes, unrolled or not, the compiler would keep in memory.
+template <int kBegin, int kEnd, class Act>
+[[gnu::always_inline]] inline void unrolled(Act&& act) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) NATTEN2_INLINE {
+    (act(std::integral_constant<int, kBegin + kIndex>()), ...);
+  }(std::make_integer_sequence<int, kEnd - kBegin>());
+}
+
 // Shorter rows than this aren't worth the set-up of a vector loop.
 constexpr int64_t kShort = 4;
 
-template <class Acc>
-inline Acc dot(const Acc* x, const Acc* y, int64_t n) {
-  Acc sum = 0;
-  if (n < kShort) {
-    for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-    return sum;
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// The sum of a vector's numbers, added up in halves.
+template <class Vector>
+inline auto total(Vector x) {
+  using Number = std::decay_t<decltype(x[0])>;
+  if constexpr (sizeof x == sizeof(Number)) {
+    return x[0];
+  } else {
+    using Half [[gnu::vector_size(sizeof x / 2)]] = Number;
+    Half halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return total(halves[0] + halves[1]);
   }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
+}
+
+// In vectors of kBytes; what is left in shorter ones.
+template <int kBytes = kVectorBytes, class Acc>
+inline Acc dot(const Acc* x, const Acc* y, int64_t n) {
+  if constexpr (kBytes == sizeof(Acc)) {
+    return n > 0 ? *x * *y : 0;
+  } else {
+    constexpr int64_t kCount = kBytes / sizeof(Acc);
+    using Vector [[gnu::vector_size(kBytes)]] = Acc;
+    if (n < kCount) return dot<kBytes / 2>(x, y, n);
+    Vector sum = {};
+    int64_t i = 0;
+    for (; i + kCount <= n; i += kCount) {
+      Vector part, factor;
+      std::memcpy(&part, x + i, kBytes);
+      std::memcpy(&factor, y + i, kBytes);
+      sum += part * factor;
+    }
+    const Acc rest = i < n ? dot<kBytes / 2>(x + i, y + i, n - i) : 0;
+    return rest + total(sum);
+  }
 }
 
 template <class Acc>
@@ -95,33 +140,36 @@ inline void store(const Acc* x, Storage* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(x[i]);
 }
 
-// e^x for numbers, or vectors of them, of at most ln 2 / 2.
-template <class Number>
-inline Number exponential_near_zero(Number x) {
-  Number result = 1.3814540580e-3f * x + 8.3687454462e-3f;
-  result = result * x + 4.1668388993e-2f;
-  result = result * x + 1.6666521132e-1f;
-  result = result * x + 4.9999994040e-1f;
-  result = result * x + 1.0f;
-  return result * x + 1.0f;
+// e^x of at most ln 2 / 2, for numbers or vectors of them: step by step, so that chains of operations run side by side.
+template <class Number, int kCount>
+[[gnu::always_inline]] inline void exponentiate_near_zero(const Number (&x)[kCount], Number (&result)[kCount]) {
+  constexpr float kFactors[] = {8.3687454462e-3f, 4.1668388993e-2f, 1.6666521132e-1f, 4.9999994040e-1f, 1.0f, 1.0f};
+  unrolled<0, kCount>([&](auto i) NATTEN2_INLINE { result[i] = 1.3814540580e-3f * x[i] + kFactors[0]; });
+  unrolled<1, 6>([&](auto step) NATTEN2_INLINE {
+    unrolled<0, kCount>([&](auto i) NATTEN2_INLINE { result[i] = result[i] * x[i] + kFactors[step]; });
+  });
 }
 
-// e^x within 2 units in the last place, also where the result is subnormal; 0 and infinity beyond, NaN for NaN.
+// Of e^x = 2^count * e^rest.
+struct Exponential {
+  float log2_e = 1.44269504089f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  // 1.5 * 2^23 + 127: adding it leaves a rounded number in the low bits, as the exponent of a float that is 2 to its
+  // power, or 0 from -127 down.
+  float round = 12583039.0f;
+  float least = -88.0f, most = 89.0f;
+};
+
+// e^x within 2 units in the last place; 0 where that is less than about 2^-126, infinity from 88.4 on, NaN for NaN.
 inline float exponential(float x) {
-  constexpr float kLog2E = 1.44269504089f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  const float shifted = x * kLog2E + kRound;
-  const float count = shifted - kRound;
-  const float rest = (x - count * kLn2High) - count * kLn2Low;
-  const float polynomial = exponential_near_zero(rest);
-  // 2^count in two factors, since the exponent of one would overflow at both ends.
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  const int32_t half = exponent >> 1;
-  const float first = bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
-  const float second = bit_cast<float>(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return polynomial * first * second;
+  constexpr Exponential kConstants;
+  x = x < kConstants.least ? kConstants.least : x;
+  x = x > kConstants.most ? kConstants.most : x;
+  const float shifted = x * kConstants.log2_e + kConstants.round;
+  const float count = shifted - kConstants.round;
+  const float rest[] = {(x - count * kConstants.ln2_high) - count * kConstants.ln2_low};
+  float result[1];
+  exponentiate_near_zero(rest, result);
+  return result[0] * bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
 }
 inline double exponential(double x) { return std::exp(x); }
 
