@@ -173,7 +173,6 @@ class SheetWalk {
     for (int64_t s = 0; s < key_row_count; ++s) {
       const KeyRow& row = key_rows[s];
       scores.keys = keys + row.slot * channels * sizes.pitch + block.key;
-      scores.next = s + 1 < key_row_count ? (key_rows[s + 1].slot - row.slot) * channels * sizes.pitch : 0;
       scores.queries = queries + row.begin * channels * kLanes;
       scores.ahead = ahead(s);
       for (int r = row.begin; r < row.end; ++r) {
@@ -223,7 +222,6 @@ class SheetWalk {
     const KeyRow& row = key_rows[0];
     Scores scores;
     scores.pitch = sizes.pitch;
-    scores.next = 0;
     scores.ahead = {};
     scores.query_row = channels * kLanes;
     scores.channels = channels;

@@ -37,6 +37,10 @@ constexpr bool kPermutes = false;
 constexpr bool kPermutes = true;
 #endif
 
+// Channels from one key to that which is fetched meanwhile, into the first cache. Behind the last channel begins the
+// next key row.
+constexpr int64_t kTurns = 8;
+
 // Lines of memory that are wanted soon, one for each channel that scores run over: they arrive in the meantime.
 struct Ahead {
   const char* row;
@@ -47,7 +51,6 @@ struct Ahead {
 struct Scores {
   const float* keys;  // by channel: the first lane's first key
   int64_t pitch;
-  int64_t next;          // from there to the keys that are scored next
   LaneInts index;        // of each lane's first key
   const float* queries;  // by channel: rows `query_row` apart
   int64_t query_row;
@@ -73,7 +76,7 @@ constexpr bool kHoldsKeys = false;
 constexpr bool kHoldsKeys = kCount <= kQueryRows;
 #endif
 
-template <bool kPairs, int kFetch, int kQueryRows, int kCount, bool kIsFirst>
+template <bool kPairs, int kFetch, int kQueryRows, int kCount>
 void score(const Scores& args, int64_t first) {
   Lanes sums[kQueryRows][kCount];
   unrolled<0, kQueryRows>(
@@ -81,17 +84,15 @@ void score(const Scores& args, int64_t first) {
   const float* key = args.keys + first;
   const float* query = args.queries;
   const int64_t pitch = args.pitch, query_row = args.query_row;
-  const Ahead ahead = args.ahead;
+  const int64_t* lines = first == 0 ? args.ahead.lines : nullptr;
   LaneInts index[kCount];
   unrolled<0, kCount>([&](auto k) NATTEN2_INLINE { index[k] = args.index + k(); });
   for (int64_t channel = 0; channel < args.channels; ++channel, key += pitch, query += kLanes) {
-    if constexpr (kIsFirst) {
-      if constexpr (kFetch != kScattered) {
-        __builtin_prefetch(key + args.next);
-        __builtin_prefetch(key + args.next + kLanes);
-      }
-      if (ahead.lines) __builtin_prefetch(ahead.row + ahead.lines[channel], 0, 2);
+    if constexpr (kFetch != kScattered) {
+      __builtin_prefetch(key + kTurns * pitch + kCount - 1);
+      __builtin_prefetch(key + kTurns * pitch + kCount - 1 + kLanes);
     }
+    if (lines) __builtin_prefetch(args.ahead.row + lines[channel], 0, 2);
     Lanes low = {}, high = {};
     if constexpr (kFetch == kPicked) {
       low = load_lanes(key);
@@ -136,10 +137,7 @@ template <bool kPairs, int kFetch, int kQueryRows, int kCount>
 void score_some(const Scores& args, int64_t first, int64_t count) {
   if constexpr (kCount > 1)
     if (count < kCount) return score_some<kPairs, kFetch, kQueryRows, kCount - 1>(args, first, count);
-  if (first == 0)
-    score<kPairs, kFetch, kQueryRows, kCount, true>(args, first);
-  else
-    score<kPairs, kFetch, kQueryRows, kCount, false>(args, first);
+  score<kPairs, kFetch, kQueryRows, kCount>(args, first);
 }
 
 // Cuts a row of keys into pieces of about the same size, of at most `most`.
@@ -411,7 +409,7 @@ inline void sum_query_columns(const ColumnSums& args, const float* first, int64_
 // Adds to sums of key columns.
 template <int kColumns, int kWidth>
 inline void sum_key_columns(const ColumnSums& args, const KeyWeights& weights) {
-  sum_unrolled<true, 1, 6, kColumns, kWidth>(args, weights, 1);
+  sum_unrolled<true, 1, kColumns == 1 ? 7 : 6, kColumns, kWidth>(args, weights, 1);
 }
 
 }  // namespace NATTEN2_ISA
