@@ -6,14 +6,10 @@
 namespace natten2::cpu {
 inline namespace NATTEN2_ISA {
 
+constexpr int kLanes = kVectorBytes / sizeof(float);
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
 // A mask that changes nothing keeps GCC from warning of what its own headers leave uninitialized.
 constexpr uint16_t kAllLanes = 0xffff;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
 #endif
 
 using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
@@ -152,12 +148,12 @@ inline Lanes held(Lanes x) {
 
 // Lane i is number index[i] of a vector.
 inline Lanes permute(Lanes x, LaneInts index) {
-#if defined(__AVX512F__)
-  return (Lanes)_mm512_maskz_permutexvar_ps(kAllLanes, (__m512i)index, (__m512)x);
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
   return (Lanes)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
 #else
-  return __builtin_shuffle(x, index);
+  Lanes result;
+  for (int i = 0; i < kLanes; ++i) result[i] = x[index[i]];
+  return result;
 #endif
 }
 

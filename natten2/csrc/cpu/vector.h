@@ -31,6 +31,7 @@ template <int kBegin, int kEnd, class Act>
 // Shorter rows than this aren't worth the set-up of a vector loop.
 constexpr int64_t kShort = 4;
 
+// Of the longest vectors.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
@@ -46,8 +47,8 @@ inline auto total(Vector x) {
   if constexpr (sizeof x == sizeof(Number)) {
     return x[0];
   } else {
-    using Half [[gnu::vector_size(sizeof x / 2)]] = Number;
-    Half halves[2];
+    using Part [[gnu::vector_size(sizeof x / 2)]] = Number;
+    Part halves[2];
     std::memcpy(halves, &x, sizeof x);
     return total(halves[0] + halves[1]);
   }
